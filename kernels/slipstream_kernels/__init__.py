@@ -1,0 +1,1 @@
+"""Device operations of Slipstream; `reference` holds the plain-torch definition of each."""

@@ -1,0 +1,1 @@
+"""Ray Serve application: the target model behind an OpenAI-compatible endpoint."""

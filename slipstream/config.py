@@ -1,0 +1,196 @@
+"""One TOML file for settings, environment variables for addresses and secrets; read once, checked whole.
+
+    SLIPSTREAM_CONFIG     path of the TOML file (default: slipstream.toml beside the process if there is one)
+    SLIPSTREAM_STATE      directory for what must outlive a restart (default: .state)
+    SLIPSTREAM_REDIS      redis://, rediss:// or unix:// URL of the pointer store (and of the log, if that is Redis)
+    SLIPSTREAM_KAFKA      host:port[,host:port...] of the Kafka brokers; naming it puts the observation log on Kafka
+    SLIPSTREAM_MLFLOW     tracking URI of the registry: http(s)://, sqlite:/// or postgresql://
+    SLIPSTREAM_API_KEYS   path of a TOML file of tenants; without it every caller is the tenant `anonymous`
+
+A wrong value stops the start with the value seen and the value expected. Constructors elsewhere take values, never
+the `Config`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from slipstream.errors import ConfigError
+
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The target's replicas and their HTTP face."""
+
+    target: str = "deploy/models/mix-moe-11m"
+    model_name: str = ""
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 8000
+    num_replicas: PositiveInt = 1
+    num_threads: PositiveInt = 1
+    max_running_requests: PositiveInt = 32
+    max_queued_requests: PositiveInt = 64
+    max_step_tokens: PositiveInt = 512
+    max_context_tokens: PositiveInt = 1024
+    num_draft_tokens: Annotated[int, msgspec.Meta(ge=0, le=16)] = 4
+    pointer_poll_s: PositiveFloat = 2.0
+
+
+class ObservingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a replica writes to the log."""
+
+    top_n: Annotated[int, msgspec.Meta(ge=1, le=256)] = 16
+    max_queued_records: PositiveInt = 1024
+    log_max_records: PositiveInt = 20_000
+
+
+class LearningConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The distiller: when it trains and what it keeps."""
+
+    observations_per_version: PositiveInt = 48
+    steps_per_version: PositiveInt = 60
+    batch_sequences: PositiveInt = 8
+    learning_rate: PositiveFloat = 2e-3
+    replay_ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.5
+    replay_per_domain: PositiveInt = 512
+    keep_versions: PositiveInt = 20
+    num_threads: PositiveInt = 1
+
+
+class GateConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The evaluator's window and the promotion gate; lengths in tokens per verification pass."""
+
+    margin: float = 0.01
+    domain_tolerance: float = 0.10
+    error_rate: Annotated[float, msgspec.Meta(gt=0, lt=0.5)] = 0.05
+    min_requests: PositiveInt = 12
+    recent_requests: PositiveInt = 48
+
+
+class Addresses(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the stores are; None means the embedded or local default."""
+
+    redis: str | None = None
+    kafka: str | None = None
+    mlflow: str | None = None
+    api_keys: str | None = None
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything a process reads at its start."""
+
+    serving: ServingConfig = ServingConfig()
+    observing: ObservingConfig = ObservingConfig()
+    learning: LearningConfig = LearningConfig()
+    gate: GateConfig = GateConfig()
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """A config with the addresses and the state directory of this process."""
+
+    config: Config
+    addresses: Addresses
+    state_dir: Path
+
+
+class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A caller: the SHA-256 (hex) of its API key, and whether its requests may be learned from."""
+
+    key_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    train: bool = True
+
+
+class _Tenants(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    tenants: dict[str, Tenant]
+
+
+def load_config(environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings that these environment variables (default: the process's) name.
+
+    Raises ConfigError for a missing file, an unknown key, a wrong type or range, or a malformed address.
+    """
+    environ = os.environ if environ is None else environ
+    named = environ.get("SLIPSTREAM_CONFIG")
+    path = Path(named or "slipstream.toml")
+    config = _read_toml(path, Config) if named or path.exists() else Config()
+    addresses = Addresses(
+        redis=_checked_url("SLIPSTREAM_REDIS", environ, ("redis", "rediss", "unix")),
+        kafka=_checked_brokers(environ.get("SLIPSTREAM_KAFKA")),
+        mlflow=_checked_url("SLIPSTREAM_MLFLOW", environ, ("http", "https", "sqlite", "postgresql", "mysql")),
+        api_keys=environ.get("SLIPSTREAM_API_KEYS") or None,
+    )
+    return Settings(
+        config=config,
+        addresses=addresses,
+        state_dir=Path(environ.get("SLIPSTREAM_STATE") or ".state").absolute(),
+    )
+
+
+def load_tenants(path: str) -> dict[str, Tenant]:
+    """Tenants by name from a TOML file of `[tenants.NAME]` tables; raises ConfigError."""
+    tenants = _read_toml(Path(path), _Tenants).tenants
+    if not tenants:
+        raise ConfigError(f"{path}: no tenants, expected at least one [tenants.NAME] table with key_sha256")
+    return tenants
+
+
+_T = TypeVar("_T")
+
+
+def _read_toml(path: Path, kind: type[_T]) -> _T:
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; expected a TOML file") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}; correct the file and start again") from error
+
+
+def _checked_url(name: str, environ: Mapping[str, str], schemes: tuple[str, ...]) -> str | None:
+    value = environ.get(name)
+    if not value:
+        return None
+    try:
+        parts = urlsplit(value)
+        port_is_valid = parts.port is None or parts.port > 0
+    except ValueError:
+        raise ConfigError(f"{name}={_redacted(value)}: not a URL; expected {_expected(schemes)}") from None
+    has_place = bool(parts.path) if parts.scheme in ("unix", "sqlite") else bool(parts.hostname)
+    if parts.scheme not in schemes or not has_place or not port_is_valid:
+        raise ConfigError(f"{name}={_redacted(value)}: expected {_expected(schemes)}")
+    return value
+
+
+def _checked_brokers(value: str | None) -> str | None:
+    if not value:
+        return None
+    for broker in value.split(","):
+        match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})", broker.strip())
+        if match is None or not 0 < int(match[2]) < 65536:
+            raise ConfigError(f"SLIPSTREAM_KAFKA={value}: {broker!r} is no host:port; expected host:port[,host:port]")
+    return value
+
+
+def _expected(schemes: tuple[str, ...]) -> str:
+    return "a URL that starts with " + " or ".join(f"{scheme}://" for scheme in schemes) + " and names its place"
+
+
+def _redacted(url: str) -> str:
+    return re.sub(r"//[^@/]*@", "//***@", url)
+
+
+LogKind = Literal["redis", "kafka"]
+
+
+def log_kind(addresses: Addresses) -> LogKind:
+    """Which store holds the observation log: Kafka when brokers are named, else Redis Streams."""
+    return "kafka" if addresses.kafka else "redis"

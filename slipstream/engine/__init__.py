@@ -1,0 +1,1 @@
+"""The serving step: schedule, draft, verify, commit, observe, swap."""

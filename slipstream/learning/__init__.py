@@ -1,0 +1,1 @@
+"""Learning from observations: replay, distillation and the scoring of candidates."""

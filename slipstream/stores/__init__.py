@@ -1,0 +1,1 @@
+"""Where facts live between processes: the observation log, the model registry and the pointer store."""
