@@ -26,7 +26,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence to generate. `may_train` False keeps every trace of it out of the observation log."""
+    """One sequence to generate.
+
+    `may_train` False keeps every trace of it out of the observation log. `speculate` False decodes one token a pass;
+    the output is the same. `arrived_at` is `time.monotonic()` at arrival.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -35,6 +39,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     domain: str
     may_train: bool
     arrived_at: float
+    speculate: bool = True
 
 
 class TokenBlock(msgspec.Struct, frozen=True, kw_only=True):
