@@ -1,0 +1,167 @@
+"""Weights on disk and their digests: safetensors only, every tensor checked by name and shape.
+
+Two checkpoints have the same digest exactly if they compute the same function: the digest is over names, shapes and
+fp32 values, so that bf16 on disk and fp32 in memory agree, and what a replica reports is what it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slipstream.errors import ArtifactRejected, CheckpointError
+from slipstream.models.config import ModelConfig, read_config, to_hugging_face
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """A loaded decoder: fp32 `weights` under Hugging Face names, `digest` of exactly these tensors."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    digest: str
+
+
+def load_checkpoint(directory: Path) -> Checkpoint:
+    """The checkpoint in a Hugging Face directory (config.json, *.safetensors).
+
+    Raises CheckpointError for a missing file, an unsupported field, or a missing, surplus or misshapen tensor.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; expected a Hugging Face checkpoint (config.json, weights)")
+    config = read_config(directory / "config.json")
+    shapes = dict(expected_shapes(config))
+    weights = {name: tensor.float() for name, tensor in _tensors(directory)}
+    if config.ties_embeddings and "lm_head.weight" in weights:
+        # Some writers store the shared matrix under the head's name, some under both.
+        weights.setdefault("model.embed_tokens.weight", weights["lm_head.weight"])
+        del weights["lm_head.weight"]
+    _check_names_and_shapes(directory, shapes, weights)
+    return Checkpoint(config, weights, digest_of_tensors(weights))
+
+
+def save_checkpoint(
+    directory: Path, config: ModelConfig, weights: Mapping[str, Tensor], *, dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """Write config.json and model.safetensors in `dtype`; returns the digest of what was stored."""
+    directory.mkdir(parents=True, exist_ok=True)
+    stored = {name: tensor.detach().to(dtype).contiguous() for name, tensor in weights.items()}
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    fields = to_hugging_face(config) | {"dtype": str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    return digest_of_tensors(stored)
+
+
+def digest_of_tensors(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, shapes and fp32 values, in order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().float().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def target_digest(directory: Path) -> str:
+    """SHA-256 (hex) that names a target: its architecture, tokenizer and weight files, byte by byte."""
+    digest = hashlib.sha256()
+    for path in [directory / "config.json", directory / "tokenizer.json", *_weight_files(directory)]:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {path}: {error.strerror}; a target needs config.json, tokenizer.json and safetensors"
+            ) from error
+        digest.update(f"{path.name}:{len(content)}:".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def check_draft(checkpoint: Checkpoint, *, vocab_size: int) -> None:
+    """Raise ArtifactRejected unless the draft speaks the target's vocabulary and all its weights are finite."""
+    if checkpoint.config.vocab_size != vocab_size:
+        raise ArtifactRejected(
+            f"draft has a vocabulary of {checkpoint.config.vocab_size} tokens, the target {vocab_size}; "
+            "train the draft on the target's tokenizer"
+        )
+    for name, tensor in checkpoint.weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactRejected(f"tensor {name} holds values that are not finite; train this version again")
+
+
+def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of this architecture: Hugging Face name and shape."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    if not config.ties_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+    yield "model.norm.weight", (hidden,)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        yield prefix + "input_layernorm.weight", (hidden,)
+        yield prefix + "post_attention_layernorm.weight", (hidden,)
+        yield prefix + "self_attn.q_proj.weight", (query, hidden)
+        yield prefix + "self_attn.k_proj.weight", (key, hidden)
+        yield prefix + "self_attn.v_proj.weight", (key, hidden)
+        yield prefix + "self_attn.o_proj.weight", (hidden, query)
+        if config.has_qk_norm:
+            yield prefix + "self_attn.q_norm.weight", (config.head_dim,)
+            yield prefix + "self_attn.k_norm.weight", (config.head_dim,)
+        if config.num_experts:
+            yield prefix + "mlp.gate.weight", (config.num_experts, hidden)
+        for mlp in _mlp_prefixes(config, prefix):
+            yield mlp + "gate_proj.weight", (inner, hidden)
+            yield mlp + "up_proj.weight", (inner, hidden)
+            yield mlp + "down_proj.weight", (hidden, inner)
+
+
+def _mlp_prefixes(config: ModelConfig, layer_prefix: str) -> list[str]:
+    if not config.num_experts:
+        return [layer_prefix + "mlp."]
+    return [f"{layer_prefix}mlp.experts.{expert}." for expert in range(config.num_experts)]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory} has no *.safetensors file; other weight formats are not read")
+    return files
+
+
+def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in _weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                    tensor = file.get_tensor(name)
+                    if tensor.dtype not in _FLOATS:
+                        raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}, expected bf16, fp16 or fp32")
+                    yield name, tensor
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+
+
+def _check_names_and_shapes(
+    directory: Path, shapes: dict[str, tuple[int, ...]], weights: dict[str, Tensor]
+) -> None:
+    missing, surplus = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    if missing or surplus:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} tensors are missing {missing[:3]}, {len(surplus)} are surplus {surplus[:3]}; "
+            "config.json and the weights do not belong together"
+        )
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != shape:
+            raise CheckpointError(
+                f"{directory}: tensor {name} has shape {tuple(weights[name].shape)}, config.json says {shape}"
+            )
