@@ -151,9 +151,7 @@ def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
             raise CheckpointError(f"{path} is no safetensors file: {error}") from error
 
 
-def _check_names_and_shapes(
-    directory: Path, shapes: dict[str, tuple[int, ...]], weights: dict[str, Tensor]
-) -> None:
+def _check_names_and_shapes(directory: Path, shapes: dict[str, tuple[int, ...]], weights: dict[str, Tensor]) -> None:
     missing, surplus = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or surplus:
         raise CheckpointError(

@@ -89,7 +89,9 @@ def _arrange_layer(config: ModelConfig, weights: Mapping[str, Tensor], prefix: s
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, [max positions, head_dim] each, fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float64), config.rope_theta**-exponents)
+    angles = torch.outer(
+        torch.arange(config.max_position_embeddings, dtype=torch.float64), config.rope_theta**-exponents
+    )
     both_halves = torch.cat([angles, angles], dim=-1)
     return both_halves.cos().float(), both_halves.sin().float()
 
@@ -153,7 +155,7 @@ def causal_logits(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Te
     decoder = arrange(config, weights)
     positions = torch.arange(length).repeat(num_sequences)
     hidden_TD, _ = decode(decoder, ids_BT.flatten(), positions, attend=attend, linear=functional.linear)
-    return logits_of(decoder, hidden_TD, functional.linear).unflatten(0, (num_sequences, length))
+    return logits_of(decoder, hidden_TD, functional.linear).view(num_sequences, length, -1)
 
 
 def initial_draft(vocab_size: int, *, seed: int) -> tuple[ModelConfig, dict[str, Tensor]]:
