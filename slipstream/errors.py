@@ -4,9 +4,11 @@
     ├── ConfigError            a setting, address or file of the deployment is wrong; stops the start
     ├── CheckpointError        a checkpoint directory cannot be served (missing, unsupported, malformed)
     ├── RequestError           the caller's request cannot be served; carries the parameter's name (HTTP 400)
+    │   ├── RequestTooLarge    the body is longer than the limit (HTTP 413)
     │   └── UnknownModel       no such model here (HTTP 404)
     ├── QueueFull              more requests than the configured limit (HTTP 429)
     ├── EngineStopped          the replica is going away and takes no more requests (HTTP 503)
+    ├── GenerationFailed       the engine failed or stopped while it ran this request (HTTP 500)
     ├── RecordError            bytes of the log that are no record of a known schema version
     ├── StoreError
     │   ├── StoreUnavailable   the store does not answer; the same call may succeed later
@@ -45,6 +47,10 @@ class RequestError(SlipstreamError, ValueError):
         self.param = param
 
 
+class RequestTooLarge(RequestError):
+    """The body is longer than the limit."""
+
+
 class UnknownModel(RequestError):
     """The request names a model that is not served here."""
 
@@ -55,6 +61,10 @@ class QueueFull(SlipstreamError):
 
 class EngineStopped(SlipstreamError):
     """The engine is stopping or has failed and takes no more requests."""
+
+
+class GenerationFailed(SlipstreamError):
+    """The engine failed or stopped while it ran this request."""
 
 
 class RecordError(SlipstreamError, ValueError):

@@ -1,0 +1,268 @@
+"""The OpenAI-compatible endpoints, inside the process that owns the engine: tokens reach the socket without a hop."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from services.target import openai_answers as answers
+from services.target.callers import Caller, Callers
+from services.target.connection import EventStream, while_connected
+from services.target.front_door import CALLER, OUTCOME, FrontDoor, failure_message, not_found
+from services.target.generation import Generation, Runner
+from services.target.openai_requests import GenerationCall, parse_chat, parse_completion
+from services.target.prompt_text import PromptText
+from services.target.text_stream import TextStream
+from slipstream import __version__
+from slipstream.engine.request import Request, SamplingParams
+from slipstream.errors import GenerationFailed, RequestError, RequestTooLarge, UnknownModel
+from slipstream.telemetry import ReplicaMetrics
+from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
+
+MAX_BODY_BYTES: Final = 4 * 2**20
+_MODEL_PREFIX: Final = "/v1/models/"
+_DOMAIN: Final = re.compile(r"[a-z0-9_-]{1,32}")
+
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ingress knows of the target; `created` is in seconds since the epoch."""
+
+    name: str
+    created: int
+    vocab_size: int
+    max_context_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+class Ingress:
+    """The HTTP face of one replica."""
+
+    def __init__(
+        self, model: ServedModel, *, prompt_text: PromptText, runner: Runner, metrics: ReplicaMetrics, callers: Callers
+    ) -> None:
+        self._model = model
+        self._prompt_text = prompt_text
+        self._runner = runner
+        self._metrics = metrics
+        self._callers = callers
+
+    def app(self) -> ASGIApp:
+        """The ASGI application, identity check and error shapes included."""
+        return FrontDoor(self._serve, callers=self._callers, metrics=self._metrics)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        http = HttpRequest(scope, receive, send)
+        method, handler = self._endpoint(http.scope["path"])
+        if handler is None or http.method != method:
+            response = not_found(http.scope["path"], http.method, allowed=method)
+        else:
+            response = await handler(http)
+        await response(scope, receive, send)
+
+    def _endpoint(self, path: str) -> tuple[str, Handler | None]:
+        """The method and handler of a path; no handler if there is no such path."""
+        if path.startswith(_MODEL_PREFIX):
+            return "GET", self._one_model
+        return {
+            "/v1/completions": ("POST", self._completions),
+            "/v1/chat/completions": ("POST", self._chat_completions),
+            "/v1/models": ("GET", self._models),
+            "/health": ("GET", self._health),
+            "/ready": ("GET", self._ready),
+            "/metrics": ("GET", self._metrics_text),
+            "/version": ("GET", self._version),
+        }.get(path, ("", None))
+
+    async def _completions(self, http: HttpRequest) -> Response:
+        return await self._generate(http, parse_completion)
+
+    async def _chat_completions(self, http: HttpRequest) -> Response:
+        return await self._generate(http, parse_chat)
+
+    async def _generate(self, http: HttpRequest, parse: Callable[[bytes], GenerationCall]) -> Response:
+        arrived_at = time.monotonic()
+        call = parse(await _read_body(http))
+        request = self._request(call, http, arrived_at=arrived_at)
+        text = TextStream(self._prompt_text.token_bytes, call.stop)
+        headers = self._version_headers()
+        answer = answers.answer_for(call, request_id=request.request_id, created=int(time.time()))
+        generation = Generation(self._runner, request, text=text, metrics=self._metrics)
+        num_prompt = len(request.prompt_ids)
+        if call.stream:
+            events = _events(answer, generation, http, num_prompt=num_prompt)
+            return EventStream(events, on_close=generation.close, headers=headers)
+        try:
+            body = await while_connected(http.receive, _whole(answer, generation, num_prompt=num_prompt))
+        finally:
+            generation.close()
+        return Response(body, headers=headers, media_type="application/json")
+
+    def _request(self, call: GenerationCall, http: HttpRequest, *, arrived_at: float) -> Request:
+        """The engine's request; its id is always ours, so that two callers can never share one."""
+        self._check_model(call.model)
+        caller: Caller = http.scope[CALLER]
+        prompt_ids = self._prompt_ids(call)
+        sampling = SamplingParams(
+            seed=secrets.randbits(63) if call.seed is None else call.seed,
+            max_tokens=self._max_tokens(call, len(prompt_ids)),
+            temperature=call.temperature,
+            top_k=call.top_k,
+            top_p=call.top_p,
+            stop_token_ids=self._model.stop_token_ids,
+        )
+        return Request(
+            request_id=uuid.uuid4().hex,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            tenant=caller.tenant,
+            domain=_domain(http),
+            may_train=caller.may_train and not _switch(http, "x-slipstream-no-train", on="1", off="0", default=False),
+            arrived_at=arrived_at,
+            speculate=_switch(http, "x-slipstream-speculation", on="on", off="off", default=True),
+        )
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model.name:
+            raise UnknownModel(
+                f"model is {name[:64]!r}, expected {self._model.name!r}; see GET /v1/models", param="model"
+            )
+
+    def _prompt_ids(self, call: GenerationCall) -> tuple[int, ...]:
+        prompt = call.prompt
+        if isinstance(prompt, str):
+            return self._prompt_text.encode_raw(prompt)
+        ids = tuple(item for item in prompt if isinstance(item, int))
+        if not ids:
+            return self._prompt_text.encode_chat([item for item in prompt if not isinstance(item, int)])
+        if max(ids) >= self._model.vocab_size:
+            size = self._model.vocab_size
+            raise RequestError(f"prompt has token id {max(ids)}, expected ids from 0 to {size - 1}", param="prompt")
+        return ids
+
+    def _max_tokens(self, call: GenerationCall, num_prompt: int) -> int:
+        """The answer's length limit; prompt and answer must fit the context together."""
+        context = self._model.max_context_tokens
+        prompt_field = "messages" if call.kind == "chat" else "prompt"
+        if not 0 < num_prompt < context:
+            raise RequestError(
+                f"{prompt_field} has {num_prompt} tokens, expected 1 to {context - 1}: the context holds {context} "
+                "with the answer; shorten it",
+                param=prompt_field,
+            )
+        room = context - num_prompt
+        if call.max_tokens is None:
+            return room
+        if call.max_tokens > room:
+            raise RequestError(
+                f"max_tokens is {call.max_tokens}, expected at most {room}: the context holds {context} tokens and "
+                f"{prompt_field} has {num_prompt}; ask for fewer or shorten it",
+                param="max_tokens",
+            )
+        return call.max_tokens
+
+    def _version_headers(self) -> dict[str, str]:
+        """The versions that serve as the answer starts; a long answer may outlive them."""
+        return {
+            "x-slipstream-draft-version": str(self._runner.draft_version),
+            "x-slipstream-routing-version": str(NO_VERSION),
+        }
+
+    async def _models(self, http: HttpRequest) -> Response:
+        return _json({"object": "list", "data": [answers.model_card(self._model.name, self._model.created)]})
+
+    async def _one_model(self, http: HttpRequest) -> Response:
+        self._check_model(http.scope["path"].removeprefix(_MODEL_PREFIX))
+        return _json(answers.model_card(self._model.name, self._model.created))
+
+    async def _health(self, http: HttpRequest) -> Response:
+        return _json({"status": "alive"})
+
+    async def _ready(self, http: HttpRequest) -> Response:
+        is_ready = self._runner.is_healthy()
+        return _json({"status": "ready" if is_ready else "not ready"}, status=200 if is_ready else 503)
+
+    async def _metrics_text(self, http: HttpRequest) -> Response:
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _version(self, http: HttpRequest) -> Response:
+        return _json({"version": __version__, "model": self._model.name, "draft_version": self._runner.draft_version})
+
+
+async def _whole(answer: answers.Answer, generation: Generation, *, num_prompt: int) -> bytes:
+    text = "".join([part async for part in generation.texts()])
+    counts = answers.usage(num_prompt=num_prompt, num_output=generation.num_tokens)
+    return answers.whole(answer, text=text, finish_reason=generation.finish_reason, counts=counts)
+
+
+async def _events(
+    answer: answers.Answer, generation: Generation, http: HttpRequest, *, num_prompt: int
+) -> AsyncIterator[bytes]:
+    """The events of a streamed answer; a failure is one error event, because the status has been sent."""
+    if role := answers.role_event(answer):
+        yield role
+    try:
+        async for text in generation.texts():
+            yield answers.text_event(answer, text)
+    except GenerationFailed as error:
+        http.scope[OUTCOME] = 500
+        yield answers.error_event(failure_message(error), kind="server_error", code="internal_error")
+        return
+    counts = answers.usage(num_prompt=num_prompt, num_output=generation.num_tokens)
+    yield (
+        answers.finish_event(answer, generation.finish_reason)
+        + answers.usage_event(answer, counts)
+        + answers.STREAM_END
+    )
+
+
+async def _read_body(http: HttpRequest) -> bytes:
+    """The body, refused as soon as it is known to be too long."""
+    parts, size = [], 0
+    announced = http.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
+        raise _too_large(int(announced))
+    async for part in http.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise _too_large(size)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _too_large(size: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body has {size} bytes or more, expected at most {MAX_BODY_BYTES}; send less")
+
+
+def _domain(http: HttpRequest) -> str:
+    domain = http.headers.get("x-slipstream-domain", DEFAULT_DOMAIN)
+    if not _DOMAIN.fullmatch(domain):
+        raise RequestError(
+            f"header X-Slipstream-Domain is {domain[:64]!r}, expected 1 to 32 of a-z 0-9 _ -",
+            param="X-Slipstream-Domain",
+        )
+    return domain
+
+
+def _switch(http: HttpRequest, name: str, *, on: str, off: str, default: bool) -> bool:
+    value = http.headers.get(name)
+    if value is None:
+        return default
+    if value not in (on, off):
+        raise RequestError(f"header {name} is {value[:64]!r}, expected {on} or {off}", param=name)
+    return value == on
+
+
+def _json(payload: dict[str, Any], *, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(payload), status, media_type="application/json")

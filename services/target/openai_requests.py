@@ -1,0 +1,255 @@
+"""What callers may ask: the OpenAI request bodies, checked field by field.
+
+Unknown fields are ignored, because clients add new ones all the time. A field that is known and not served here is
+refused when its value would change the answer, naming the field: a silent difference is worse than an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+
+from slipstream.errors import RequestError
+
+Kind = Literal["completion", "chat"]
+
+MAX_STOP_STRINGS: Final = 4
+MAX_STOP_CHARACTERS: Final = 256
+DEFAULT_COMPLETION_TOKENS: Final = 16
+ROLES: Final = ("system", "developer", "user", "assistant")
+
+_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "suffix": ("",),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "min_p": (0, 0.0),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+}
+"""Known fields that are not served, with the values (besides null) that ask for nothing."""
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One message of a conversation; `role` is one of ROLES."""
+
+    role: str
+    content: str
+
+
+class GenerationCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked request body.
+
+    `prompt` is text, token ids or messages (a chat). `max_tokens` None means: the rest of the context. `top_k` 0 and
+    `top_p` 1 switch the filters off; `seed` None asks for a random one.
+    """
+
+    kind: Kind
+    model: str
+    prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+
+
+def parse_completion(data: bytes) -> GenerationCall:
+    """The body of `POST /v1/completions`; raises RequestError naming the field, value seen and value expected."""
+    body = _json_object(data)
+    max_tokens = _integer(body, "max_tokens", low=1)
+    return _call(body, kind="completion", prompt=_prompt(body), max_tokens=max_tokens or DEFAULT_COMPLETION_TOKENS)
+
+
+def parse_chat(data: bytes) -> GenerationCall:
+    """The body of `POST /v1/chat/completions`; raises RequestError like `parse_completion`."""
+    body = _json_object(data)
+    old, new = _integer(body, "max_tokens", low=1), _integer(body, "max_completion_tokens", low=1)
+    if old is not None and new is not None and old != new:
+        raise RequestError(
+            f"max_tokens is {old} and max_completion_tokens is {new}: expected one of them, or the same value",
+            param="max_completion_tokens",
+        )
+    return _call(body, kind="chat", prompt=_messages(body), max_tokens=old if new is None else new)
+
+
+def _call(
+    body: Mapping[str, Any],
+    *,
+    kind: Kind,
+    prompt: str | tuple[int, ...] | tuple[ChatMessage, ...],
+    max_tokens: int | None,
+) -> GenerationCall:
+    _refuse_unserved(body)
+    model = _typed(body, "model", str, "a string")
+    if model is None:
+        raise RequestError("model is missing, expected the name that GET /v1/models lists", param="model")
+    seed = _integer(body, "seed", low=0, high=2**63 - 1)
+    temperature = _number(body, "temperature", low=0.0, high=2.0)
+    top_p = _number(body, "top_p", low=0.0, high=1.0)
+    if top_p == 0:
+        raise RequestError("top_p is 0, expected a number above 0 and at most 1", param="top_p")
+    stream = bool(_typed(body, "stream", bool, "true or false"))
+    return GenerationCall(
+        kind=kind,
+        model=model,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=_integer(body, "top_k", low=0) or 0,
+        seed=seed,
+        stop=_stop(body),
+        stream=stream,
+        include_usage=_include_usage(body, stream=stream),
+    )
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        body = msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON ({error}), expected a JSON object") from error
+    if not isinstance(body, dict):
+        raise RequestError(f"the body is {_shown(body)}, expected a JSON object")
+    return body
+
+
+def _refuse_unserved(body: Mapping[str, Any]) -> None:
+    for field, harmless in _HARMLESS.items():
+        value = body.get(field)
+        if value is None or any(value == allowed and type(value) is type(allowed) for allowed in harmless):
+            continue
+        expected = " or ".join(msgspec.json.encode(allowed).decode() for allowed in harmless) or "null"
+        raise RequestError(
+            f"{field} is {_shown(value)}, which is not supported; leave it out or send {expected}", param=field
+        )
+
+
+def _prompt(body: Mapping[str, Any]) -> str | tuple[int, ...]:
+    value = body.get("prompt")
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(_is_integer(item) and item >= 0 for item in value):
+        return tuple(value)
+    if value in (None, "", []):
+        raise RequestError(
+            f"prompt is {'missing' if value is None else 'empty'}, expected text or token ids", param="prompt"
+        )
+    if isinstance(value, list) and all(isinstance(item, str | list) for item in value):
+        raise RequestError(f"prompt holds {len(value)} prompts, expected one; send one request each", param="prompt")
+    raise RequestError(f"prompt is {_shown(value)}, expected a string or a list of token ids", param="prompt")
+
+
+def _messages(body: Mapping[str, Any]) -> tuple[ChatMessage, ...]:
+    value = body.get("messages")
+    if not isinstance(value, list) or not value:
+        seen = "missing" if value is None else _shown(value)
+        raise RequestError(f"messages is {seen}, expected a non-empty list of messages", param="messages")
+    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
+    if not any(message.content for message in messages):
+        raise RequestError("every message is empty, expected text in at least one", param="messages")
+    return messages
+
+
+def _message(item: Any, field: str) -> ChatMessage:
+    if not isinstance(item, dict):
+        raise RequestError(f"{field} is {_shown(item)}, expected an object with role and content", param=field)
+    role = item.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{field}.role is {_shown(role)}, expected one of {', '.join(ROLES)}", param=f"{field}.role")
+    return ChatMessage(role, _content(item.get("content"), f"{field}.content"))
+
+
+def _content(value: Any, field: str) -> str:
+    """Text, or a list of text parts joined; other kinds of parts are refused."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in value
+    ):
+        return "".join(part["text"] for part in value)
+    raise RequestError(f"{field} is {_shown(value)}, expected a string or a list of text parts", param=field)
+
+
+def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
+    value = body.get("stop")
+    if value is None:
+        return ()
+    strings: Sequence[Any] = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(item, str) for item in strings):
+        raise RequestError(f"stop is {_shown(value)}, expected a string or a list of strings", param="stop")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop has {len(strings)} strings, expected at most {MAX_STOP_STRINGS}", param="stop")
+    for item in strings:
+        if not 0 < len(item) <= MAX_STOP_CHARACTERS:
+            raise RequestError(
+                f"stop has a string of {len(item)} characters, expected 1 to {MAX_STOP_CHARACTERS}", param="stop"
+            )
+    return tuple(strings)
+
+
+def _include_usage(body: Mapping[str, Any], *, stream: bool) -> bool:
+    options = _typed(body, "stream_options", dict, "an object")
+    if options is None:
+        return False
+    if not stream:
+        raise RequestError("stream_options is set without stream: true; leave it out or stream", param="stream_options")
+    return bool(_typed(options, "include_usage", bool, "true or false"))
+
+
+_T = TypeVar("_T")
+
+
+def _typed(body: Mapping[str, Any], field: str, kind: type[_T], expected: str) -> _T | None:
+    value = body.get(field)
+    if value is None or isinstance(value, kind):
+        return value
+    raise RequestError(f"{field} is {_shown(value)}, expected {expected}", param=field)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _integer(body: Mapping[str, Any], field: str, *, low: int, high: int | None = None) -> int | None:
+    value = body.get(field)
+    if value is None:
+        return None
+    if not _is_integer(value) or value < low or (high is not None and value > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise RequestError(f"{field} is {_shown(value)}, expected an integer {limits}", param=field)
+    return int(value)
+
+
+def _number(body: Mapping[str, Any], field: str, *, low: float, high: float) -> float | None:
+    value = body.get(field)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise RequestError(f"{field} is {_shown(value)}, expected a number from {low:g} to {high:g}", param=field)
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    """The value as JSON, cut: an error message must not carry a whole prompt back."""
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 60 else f"{text[:60]}..."
