@@ -23,6 +23,8 @@ A message gives the value seen, the value expected, and what to do next.
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class SlipstreamError(Exception):
     """Root of the tree."""
@@ -95,5 +97,12 @@ class UnknownVersion(StoreError):
     """The registry has no such version."""
 
 
+RejectionReason = Literal["location", "format", "digest", "target", "vocabulary", "not_finite"]
+
+
 class ArtifactRejected(SlipstreamError):
-    """A version's files are not what the pointer promised."""
+    """A version's files are not what the pointer promised; `reason` is one of a few words that metrics can carry."""
+
+    def __init__(self, message: str, *, reason: RejectionReason) -> None:
+        super().__init__(message)
+        self.reason: RejectionReason = reason

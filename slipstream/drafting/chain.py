@@ -44,7 +44,10 @@ class ChainDrafter:
         self.version = version
         self.digest = checkpoint.digest
         self._model = CachedDecoder(
-            arrange(checkpoint.config, checkpoint.weights), num_slots=num_slots, max_context_tokens=max_context_tokens
+            arrange(checkpoint.config, checkpoint.weights),
+            num_slots=num_slots,
+            max_context_tokens=max_context_tokens,
+            is_exact=False,
         )
         self._max_positions = min(max_context_tokens, checkpoint.config.max_position_embeddings)
         self._max_catch_up_tokens = max_catch_up_tokens

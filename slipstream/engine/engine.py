@@ -66,6 +66,7 @@ class Engine:
             arrange(target.config, target.weights),
             num_slots=limits.max_running_requests,
             max_context_tokens=self.max_context_tokens,
+            is_exact=True,
         )
         self._drafter: ChainDrafter | None = None
         self._swap_lock = threading.Lock()

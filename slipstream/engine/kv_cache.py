@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import msgspec
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slipstream.models.config import ModelConfig
-from slipstream.models.decoder import ROW_TILE, DecoderWeights, decode, logits_of, padded_to_tile, tiled_linear
+from slipstream.models.decoder import ROW_TILE, DecoderWeights, Linear, decode, logits_of, padded_rows, tiled_linear
 
 CONTEXT_BLOCK = 64
 
@@ -29,7 +30,7 @@ class Span(msgspec.Struct, frozen=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """Index tensors of one forward pass over T packed rows (a multiple of ROW_TILE) in G attention tiles.
+    """Index tensors of one forward pass over T packed rows in G attention tiles.
 
     `num_rows` of the T rows are real. `tile_rows_GR` maps tiles to packed rows; `row_places_T` maps packed rows back
     to flat tile places. `is_visible_GRC` says which context positions a tile's row may attend to.
@@ -45,8 +46,8 @@ class StepPlan(msgspec.Struct, frozen=True):
     is_visible_GRC: Tensor
 
 
-def plan_step(spans: Sequence[Span]) -> StepPlan:
-    """Lay out these spans; their tokens keep their order in the packed rows."""
+def plan_step(spans: Sequence[Span], *, row_multiple: int) -> StepPlan:
+    """Lay out these spans; their tokens keep their order in the packed rows, padded to a multiple."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -63,7 +64,7 @@ def plan_step(spans: Sequence[Span]) -> StepPlan:
         positions.extend(range(span.start, span.start + len(span.token_ids)))
         slots.extend([span.slot] * len(span.token_ids))
     num_rows = len(ids)
-    padding = [0] * (-num_rows % ROW_TILE)
+    padding = [0] * (-num_rows % row_multiple)
     positions_T = torch.tensor(positions + padding)
     tile_rows_GR = torch.tensor(tile_rows)
     longest = -(-(max(positions) + 1) // CONTEXT_BLOCK) * CONTEXT_BLOCK
@@ -80,13 +81,19 @@ def plan_step(spans: Sequence[Span]) -> StepPlan:
 
 
 class CachedDecoder:
-    """A decoder with its cache: computes spans of running sequences."""
+    """A decoder with its cache: computes spans of running sequences.
 
-    def __init__(self, decoder: DecoderWeights, *, num_slots: int, max_context_tokens: int) -> None:
+    `is_exact` makes every output row a bitwise function of its own sequence (`tiled_linear`), as a target needs. A
+    draft may differ in the last bit from step to step: whatever it proposes is verified, and 1 row costs a third.
+    """
+
+    def __init__(self, decoder: DecoderWeights, *, num_slots: int, max_context_tokens: int, is_exact: bool) -> None:
         config = decoder.config
         length = -(-max_context_tokens // CONTEXT_BLOCK) * CONTEXT_BLOCK
         shape = (config.num_layers, num_slots, config.num_kv_heads, length, config.head_dim)
         self.decoder = decoder
+        self._linear: Linear = tiled_linear if is_exact else functional.linear
+        self._row_multiple = ROW_TILE if is_exact else 1
         self._keys, self._values = torch.zeros(shape), torch.zeros(shape)
 
     @property
@@ -101,20 +108,20 @@ class CachedDecoder:
         Writes the tokens' keys and values; what stood at or after `start` in a slot is overwritten or ignored, which
         is how rejected draft tokens are rolled back.
         """
-        plan = plan_step(spans)
+        plan = plan_step(spans, row_multiple=self._row_multiple)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             place = (plan.slots_T, slice(None), plan.positions_T[: plan.num_rows])
             self._keys[layer][place], self._values[layer][place] = key[: plan.num_rows], value[: plan.num_rows]
             return attend_tiles(query, self._keys[layer], self._values[layer], plan)
 
-        hidden, experts = decode(self.decoder, plan.ids_T, plan.positions_T, attend=attend, linear=tiled_linear)
+        hidden, experts = decode(self.decoder, plan.ids_T, plan.positions_T, attend=attend, linear=self._linear)
         return hidden[: plan.num_rows], None if experts is None else experts[: plan.num_rows]
 
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] of hidden states that `forward` returned."""
-        return logits_of(self.decoder, padded_to_tile(hidden_TD), tiled_linear)[: len(hidden_TD)]
+        return logits_of(self.decoder, padded_rows(hidden_TD, self._row_multiple), self._linear)[: len(hidden_TD)]
 
 
 def attend_tiles(query_THd: Tensor, keys_SKCd: Tensor, values_SKCd: Tensor, plan: StepPlan) -> Tensor:

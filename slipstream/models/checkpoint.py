@@ -91,11 +91,14 @@ def check_draft(checkpoint: Checkpoint, *, vocab_size: int) -> None:
     if checkpoint.config.vocab_size != vocab_size:
         raise ArtifactRejected(
             f"draft has a vocabulary of {checkpoint.config.vocab_size} tokens, the target {vocab_size}; "
-            "train the draft on the target's tokenizer"
+            "train the draft on the target's tokenizer",
+            reason="vocabulary",
         )
     for name, tensor in checkpoint.weights.items():
         if not torch.isfinite(tensor).all():
-            raise ArtifactRejected(f"tensor {name} holds values that are not finite; train this version again")
+            raise ArtifactRejected(
+                f"tensor {name} holds values that are not finite; train this version again", reason="not_finite"
+            )
 
 
 def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

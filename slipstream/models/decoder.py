@@ -135,9 +135,9 @@ def tiled_linear(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
     return torch.bmm(tiles, weight_ND.t().expand(len(tiles), -1, -1)).flatten(0, 1)
 
 
-def padded_to_tile(x_TD: Tensor) -> Tensor:
-    """`x_TD` with zero rows appended up to a multiple of ROW_TILE."""
-    return functional.pad(x_TD, (0, 0, 0, -len(x_TD) % ROW_TILE))
+def padded_rows(x_TD: Tensor, multiple: int = ROW_TILE) -> Tensor:
+    """`x_TD` with zero rows appended up to a multiple."""
+    return functional.pad(x_TD, (0, 0, 0, -len(x_TD) % multiple))
 
 
 def causal_logits(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def _mixture(x_TD: Tensor, layer: LayerWeights, config: ModelConfig, linear: Lin
     out_TKD = x_TD.new_zeros(*expert_ids_TK.shape, x_TD.shape[1])
     for expert in expert_ids_TK.unique().tolist():
         rows, ranks = (expert_ids_TK == expert).nonzero(as_tuple=True)
-        routed = _mlp(padded_to_tile(x_TD[rows]), layer.gate_up[expert], layer.down[expert], linear)
+        routed = _mlp(padded_rows(x_TD[rows]), layer.gate_up[expert], layer.down[expert], linear)
         out_TKD[rows, ranks] = routed[: len(rows)]
     # Best expert first: the order of the sum belongs to the row, not to the batch.
     mixed_TD = weights_TK[:, :1] * out_TKD[:, 0]
