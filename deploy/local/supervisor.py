@@ -1,0 +1,332 @@
+"""`make up`: every process of the loop on one machine, supervised. `python -m deploy.local.supervisor [--state DIR]`.
+
+Order: Valkey (unless SLIPSTREAM_REDIS names a server), the target until it is ready, the registry's tables, the workers
+and the promoter, and last MLflow's pages (unless SLIPSTREAM_MLFLOW names a server). What ends by itself is started
+again with a growing pause; a process that refuses its configuration (exit code 2) stops everything. Ctrl-C or SIGTERM
+stops in the opposite order and leaves nothing behind. One supervisor a state directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from deploy.local.processes import MARK, Child, end_marked, free_port
+from slipstream.config import Config, Settings, load_config
+from slipstream.errors import ConfigError, SlipstreamError, StoreUnavailable
+from slipstream.stores.embedded import EmbeddedValkey, start_valkey
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDPOINTS = "endpoints.json"
+MLFLOW_PORT = 5000
+READY_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 20.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 1.0, 30.0, 60.0
+_TICK_S = 0.1
+_CONFIG_EXIT_CODE = 2
+_WORKER_NICENESS = 10
+_MAKE_TABLES = (
+    "from slipstream.config import load_config; from slipstream.stores.opening import open_registry; "
+    "open_registry(load_config()).versions('draft', 'default')"
+)
+
+
+class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
+    """Where things are, as the supervisor writes it to `endpoints.json` of the state directory (mode 0600).
+
+    `redis_url` holds a password. `is_ready` once the API serves, `mlflow_url` "" until its pages answer;
+    `seconds` is how long each part took to come up.
+    """
+
+    pid: int
+    api_url: str
+    redis_url: str
+    mlflow_url: str
+    is_ready: bool
+    seconds: dict[str, float]
+
+
+class Stopped(Exception):
+    """Asked to stop while starting."""
+
+
+class Supervisor:
+    """The processes of one state directory. `run` is its whole life; it has one thread."""
+
+    def __init__(self, settings: Settings, *, environment: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._state = settings.state_dir
+        self._port = free_port(settings.config.serving.port)
+        self._mlflow_port = free_port(MLFLOW_PORT)
+        self._environment = dict(environment) | {MARK: str(self._state), "SLIPSTREAM_STATE": str(self._state)}
+        self._valkey: EmbeddedValkey | None = None
+        self._children: list[Child] = []
+        self._resting: dict[str, tuple[float, float]] = {}
+        self._last_pause: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._mlflow_url = ""
+        self._is_ready = False
+        self._is_stopping = False
+
+    def run(self) -> int:
+        """Start everything, supervise until a signal, stop everything; returns the exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask_to_stop)
+        code = 0
+        try:
+            self._start_all()
+            say("up: Ctrl-C stops everything")
+            self._wait_for(lambda: False, timeout_s=float("inf"))
+        except Stopped:
+            say("stopping")
+        except SlipstreamError as error:
+            print(f"supervisor: {error}", file=sys.stderr, flush=True)
+            code = _CONFIG_EXIT_CODE if isinstance(error, ConfigError) else 1
+        finally:
+            self._stop_all()
+        return code
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self._is_stopping = True
+
+    def _start_all(self) -> None:
+        addresses = self._settings.addresses
+        with self._timed("valkey"):
+            self._start_valkey()
+        self._environment["SLIPSTREAM_CONFIG"] = str(self._write_config())
+        self._write_endpoints()
+        with self._timed("target"):
+            self._start("target", "-m", "services.target")
+            self._wait_for(self._answers(f"{self._api_url()}/ready"), timeout_s=READY_TIMEOUT_S)
+        self._is_ready = True
+        self._write_endpoints()
+        say(f"    API      {self._api_url()}/v1     metrics  {self._api_url()}/metrics")
+        if addresses.mlflow is None:
+            self._make_registry_tables()
+        for name in ("workers.distiller", "workers.evaluator", "services.promoter"):
+            self._start(name.partition(".")[2], "-m", name, niceness=_WORKER_NICENESS)
+        self._show_mlflow(addresses.mlflow)
+        self._write_endpoints()
+
+    def _start_valkey(self) -> None:
+        named = self._settings.addresses.redis
+        if named is None:
+            self._valkey = start_valkey(self._state / "valkey")
+        self._environment["SLIPSTREAM_REDIS"] = named or (self._valkey.url if self._valkey else "")
+
+    def _make_registry_tables(self) -> None:
+        """MLflow's first users would race to create its tables: one process does it before they start."""
+        with self._timed("registry"):
+            maker = self._child("registry", "-c", _MAKE_TABLES)
+            maker.start(directory=ROOT)
+            self._wait_for(lambda: maker.exit_code() is not None, timeout_s=READY_TIMEOUT_S)
+            if maker.exit_code() != 0:
+                raise StoreUnavailable(f"cannot make the registry: {maker.last_line()}; see {maker.log}")
+
+    def _show_mlflow(self, named: str | None) -> None:
+        if named is not None:
+            self._mlflow_url = named if named.startswith("http") else ""
+            return
+        url = f"http://127.0.0.1:{self._mlflow_port}"
+        with self._timed("mlflow"):
+            arguments = ("--host", "127.0.0.1", "--port", str(self._mlflow_port), "--workers", "1")
+            stores = ("--backend-store-uri", f"sqlite:///{self._state / 'mlflow.db'}")
+            artifacts = ("--default-artifact-root", str(self._state / "artifacts"), "--no-serve-artifacts")
+            command = ("-m", "mlflow", "server", *arguments, *stores, *artifacts)
+            self._start("mlflow", *command, niceness=_WORKER_NICENESS)
+            self._wait_for(self._answers(f"{url}/health"), timeout_s=READY_TIMEOUT_S)
+        self._mlflow_url = url
+        say(f"    MLflow   {url}")
+
+    def _child(self, name: str, *arguments: str, niceness: int = 0) -> Child:
+        log = self._state / "logs" / f"{name}.log"
+        environment = self._environment | _PROCESS_ENVIRONMENT
+        return Child(name, (sys.executable, *arguments), environment=environment, log=log, niceness=niceness)
+
+    def _start(self, name: str, *arguments: str, niceness: int = 0) -> None:
+        child = self._child(name, *arguments, niceness=niceness)
+        child.start(directory=ROOT)
+        self._children.append(child)
+
+    def _wait_for(self, condition: Callable[[], bool], *, timeout_s: float) -> None:
+        """Supervise until `condition` holds; raises Stopped when asked to stop, StoreUnavailable after the time."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self._is_stopping:
+                raise Stopped
+            if time.monotonic() > deadline:
+                logs = self._state / "logs"
+                raise StoreUnavailable(f"not ready after {timeout_s:.0f} s; the reason is in {logs}")
+            self._supervise()
+            time.sleep(_TICK_S)
+
+    def _supervise(self) -> None:
+        """Start again what has ended, each after its pause."""
+        if self._valkey is not None and not self._valkey.is_running():
+            say("valkey ended; starting it again")
+            self._valkey = start_valkey(self._state / "valkey")
+        now = time.monotonic()
+        for child in self._children:
+            code = child.exit_code()
+            if code is None:
+                continue
+            if code == _CONFIG_EXIT_CODE:
+                raise ConfigError(f"{child.name} refused its configuration: {child.last_line()}")
+            if child.name not in self._resting:
+                pause_s = self._next_pause(child, now)
+                self._resting[child.name] = (now + pause_s, pause_s)
+                say(f"{child.name} ended with code {code}: {child.last_line()[:160]}; again in {pause_s:.0f} s")
+            elif now >= self._resting[child.name][0]:
+                self._last_pause[child.name] = self._resting.pop(child.name)[1]
+                end_marked(self._state, part=child.name, timeout_s=5.0)  # what it left would hold its port
+                child.start(directory=ROOT)
+
+    def _next_pause(self, child: Child, now: float) -> float:
+        was_steady = now - child.started_at > STEADY_S
+        last_s = 0.0 if was_steady else self._last_pause.get(child.name, 0.0)
+        return min(max(2 * last_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+
+    def _stop_all(self) -> None:
+        """Workers first, then the target, then the store they write to; leftovers by their mark."""
+        target = [child for child in self._children if child.name == "target"]
+        workers = [child for child in self._children if child.name != "target"]
+        for group in (workers, target):
+            for child in group:
+                child.ask_to_stop()
+            for child in group:
+                if not child.stop(timeout_s=STOP_TIMEOUT_S):
+                    say(f"{child.name} did not stop in {STOP_TIMEOUT_S:.0f} s and was killed")
+        if self._valkey is not None:
+            self._valkey.stop()
+        for command in end_marked(self._state, timeout_s=5.0):
+            say(f"ended a leftover: {command}")
+        (self._state / ENDPOINTS).unlink(missing_ok=True)
+        say("stopped")
+
+    def _api_url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def _answers(self, url: str) -> Callable[[], bool]:
+        def answers() -> bool:
+            try:
+                with urllib.request.urlopen(url, timeout=1.0) as answer:
+                    return bool(answer.status == 200)
+            except (urllib.error.URLError, OSError):
+                return False
+
+        return answers
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._seconds[part] = round(time.monotonic() - began, 2)
+        say(f"{part:<9}up after {self._seconds[part]:.1f} s")
+
+    def _write_config(self) -> Path:
+        config = self._settings.config
+        serving = msgspec.structs.replace(config.serving, port=self._port)
+        if self._port != config.serving.port:
+            say(f"port {config.serving.port} is taken; the API takes {self._port}")
+        path = self._state / "slipstream.toml"
+        path.write_text(to_toml(msgspec.structs.replace(config, serving=serving)), encoding="utf-8")
+        return path
+
+    def _write_endpoints(self) -> None:
+        endpoints = Endpoints(
+            pid=os.getpid(),
+            api_url=self._api_url(),
+            redis_url=self._environment["SLIPSTREAM_REDIS"],
+            mlflow_url=self._mlflow_url,
+            is_ready=self._is_ready,
+            seconds=self._seconds,
+        )
+        incoming = self._state / f".{ENDPOINTS}"
+        with os.fdopen(os.open(incoming, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as writer:
+            writer.write(msgspec.json.encode(endpoints))
+        incoming.rename(self._state / ENDPOINTS)
+
+
+_PROCESS_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 processes instead of 15
+}
+
+
+def read_endpoints(state_dir: Path) -> Endpoints | None:
+    """What the supervisor of a state directory last wrote, or None if none is up."""
+    try:
+        return msgspec.json.decode((state_dir / ENDPOINTS).read_bytes(), type=Endpoints)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def to_toml(config: Config) -> str:
+    """The config as a TOML file that `load_config` reads back to an equal one."""
+    lines = []
+    for group, table in msgspec.to_builtins(config).items():
+        lines.append(f"[{group}]")
+        lines += [f"{key} = {msgspec.json.encode(value).decode()}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def only_supervisor(state_dir: Path) -> Iterator[None]:
+    """Hold the state directory, ending what a supervisor that was killed left; raises ConfigError if it is held."""
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (state_dir / "supervisor.pid").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"{state_dir} is held by the supervisor with pid {lock.read().strip()}; "
+                "stop that one or take another directory: make up STATE=DIR"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        for command in end_marked(state_dir, timeout_s=10.0):
+            say(f"ended what an earlier run left: {command}")
+        yield
+
+
+def say(line: str) -> None:
+    """One line for people, at once."""
+    print(line, flush=True)
+
+
+def main() -> int:
+    """Supervise until a signal; returns the exit code: 0 in order, 1 a process did not come up, 2 wrong settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--state", type=Path, help="state directory (default: SLIPSTREAM_STATE or .state)")
+    arguments = parser.parse_args()
+    if arguments.state is not None:
+        os.environ["SLIPSTREAM_STATE"] = str(arguments.state.absolute())
+    try:
+        settings = load_config()
+        os.environ[MARK] = str(settings.state_dir)  # Valkey inherits it from here
+        with only_supervisor(settings.state_dir):
+            return Supervisor(settings, environment=os.environ).run()
+    except ConfigError as error:
+        print(f"supervisor: {error}", file=sys.stderr, flush=True)
+        return _CONFIG_EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
