@@ -59,8 +59,23 @@ def store_artifact(source: Path, destination: Path) -> str:
 def delete_artifact(uri: str, *, root: Path) -> None:
     """Delete the directory behind a URI of `store_artifact`; nothing happens if it is gone or not below `root`."""
     path = Path(unquote(urlsplit(uri).path)).resolve()
-    if path.is_relative_to(root.resolve()) and path != root.resolve():
-        shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir() and path.is_relative_to(root.resolve()) and path != root.resolve():
+        # Renamed first: a deletion cut short must not leave half a directory under its final name.
+        leaving = path.with_name(f".leaving-{uuid.uuid4().hex}")
+        path.rename(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file whole, synced, or not at all; makes its directory if that is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incoming = path.with_name(f".incoming-{uuid.uuid4().hex}")
+    with incoming.open("xb") as writer:
+        writer.write(data)
+        writer.flush()
+        os.fsync(writer.fileno())
+    incoming.rename(path)
+    _sync(path.parent)
 
 
 def _regular_files(source: Path) -> list[Path]:
