@@ -1,0 +1,71 @@
+"""Rollback: an operator's move of the pointer. Needs the pointer store alone; promoter and registry may be dead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from slipstream.errors import UnknownVersion
+from slipstream.stores.protocols import HISTORY_LIMIT, PointerStore
+from slipstream.versions import NO_VERSION, Role, ServingPointer
+
+REASON_PREFIX = "rollback: "
+"""How the reason of every rollback begins in the pointer's history."""
+
+
+def rollback(
+    pointers: PointerStore, *, role: Role, domain: str, to_version: int | None = None, reason: str = ""
+) -> ServingPointer:
+    """Point at an earlier version and freeze promotion in the same step; the pointer that was set.
+
+    `to_version` None means the version served before the current one, which is none (0) if there never was another.
+    Version 0 serves without a draft. Takes a new fencing token first, so that no promoter moves the pointer meanwhile.
+    Raises UnknownVersion if the history does not hold that version, or if there is no pointer yet; StalePointer or
+    StaleFence if another operator was faster.
+    """
+    fencing_token = pointers.issue_fencing_token()
+    history = pointers.history(role, domain, limit=HISTORY_LIMIT)
+    if not history:
+        raise UnknownVersion(f"{role} {domain!r} has no pointer yet, so there is nothing to roll back")
+    current = history[0]
+    wanted = _previous_version(history) if to_version is None else to_version
+    place = _place_of(history, wanted)
+    pointer = msgspec.structs.replace(
+        current,
+        version=wanted,
+        artifact_uri=place.artifact_uri if place else "",
+        digest=place.digest if place else "",
+        target_digest=place.target_digest if place else current.target_digest,
+        generation=current.generation + 1,
+        fencing_token=fencing_token,
+        reason=f"{REASON_PREFIX}version {current.version} to {wanted}" + (f", {reason}" if reason else ""),
+        set_at=time.time(),
+    )
+    pointers.advance(pointer, expected_generation=current.generation, is_operator=True)
+    return pointer
+
+
+def rolled_back_versions(history: Sequence[ServingPointer]) -> frozenset[int]:
+    """Versions that an operator moved away from (`history` newest first): only an operator may bring them back."""
+    return frozenset(
+        older.version
+        for newer, older in zip(history, history[1:], strict=False)
+        if newer.reason.startswith(REASON_PREFIX) and older.version != newer.version
+    )
+
+
+def _previous_version(history: Sequence[ServingPointer]) -> int:
+    return next((one.version for one in history if one.version != history[0].version), NO_VERSION)
+
+
+def _place_of(history: Sequence[ServingPointer], version: int) -> ServingPointer | None:
+    """The newest pointer at this version; None for version 0, which has no files."""
+    if version == NO_VERSION:
+        return None
+    found = next((one for one in history if one.version == version), None)
+    if found is None:
+        known = sorted({one.version for one in history} | {NO_VERSION})
+        raise UnknownVersion(f"version {version} was never served for {history[0].domain!r}; expected one of {known}")
+    return found
