@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import uuid
 from collections.abc import Mapping
 from typing import Final
@@ -32,7 +31,6 @@ OUTCOME: Final = "slipstream.outcome"
 RETRY_AFTER_S: Final = 1
 _CLIENT_LEFT: Final = 499
 _UNCOUNTED_PATHS: Final = PUBLIC_PATHS | {"/metrics"}
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class FrontDoor:
@@ -49,13 +47,15 @@ class FrontDoor:
             await _serve_no_http(scope, receive, send)
             return
         status = _CLIENT_LEFT
-        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        # Serve gives every request an id and puts it on the answer; without Serve before us we do.
+        new_id = None if "x-request-id" in Headers(scope=scope) else uuid.uuid4().hex
 
         async def send_noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if new_id is not None:
+                    MutableHeaders(scope=message)["x-request-id"] = new_id
             await send(message)
 
         try:
@@ -142,8 +142,3 @@ def _response(
 ) -> Response:
     body = error_body(message, kind=kind, code=code, param=param)
     return Response(body, status, headers, media_type="application/json")
-
-
-def _request_id(incoming: str | None) -> str:
-    """The caller's id if it is a harmless one, else a new one."""
-    return incoming if incoming and _REQUEST_ID.fullmatch(incoming) else uuid.uuid4().hex

@@ -1,0 +1,149 @@
+"""One replica: the engine, what it observes, what it follows, and its HTTP face. Composition only.
+
+Ray Serve makes, checks and ends it. Settings are read from the environment, which every process of the service
+shares; so no address or password travels through Ray's control plane.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+
+import torch
+from starlette.types import ASGIApp
+
+from services.target.callers import Callers
+from services.target.ingress import Ingress, ServedModel
+from services.target.prompt_text import PromptText
+from slipstream.config import Settings, load_config, load_tenants
+from slipstream.engine.engine import Engine
+from slipstream.engine.observer import Observer
+from slipstream.engine.runner import EngineRunner
+from slipstream.engine.scheduler import EngineLimits
+from slipstream.engine.swap import PointerFollower
+from slipstream.errors import EngineStopped
+from slipstream.models.checkpoint import load_checkpoint, target_digest
+from slipstream.records import Observation
+from slipstream.stores.opening import ARTIFACTS, open_log, open_pointers
+from slipstream.telemetry import ReplicaMetrics, configure_logging
+from slipstream.versions import DEFAULT_DOMAIN
+
+logger = logging.getLogger(__name__)
+
+_STOP_S = 2.0
+
+
+class Replica:
+    """Loads the target and serves it; raises CheckpointError or ConfigError if it cannot."""
+
+    def __init__(self, target_dir: str, model_name: str) -> None:
+        configure_logging("replica")
+        settings = load_config()
+        directory = Path(target_dir)
+        torch.set_num_threads(settings.config.serving.num_threads)
+        self._metrics = ReplicaMetrics()
+        self._replica_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._observer = _observer(settings, self._metrics)
+        target = load_checkpoint(directory)
+        digest = target_digest(directory)
+        engine = Engine(
+            target,
+            limits=_limits(settings),
+            target_digest=digest,
+            replica_id=self._replica_id,
+            top_n=settings.config.observing.top_n,
+            observe=self._observer.offer if self._observer else _forget,
+            metrics=self._metrics,
+        )
+        self._runner = EngineRunner(engine)
+        self._follower = self._pointer_follower(settings, digest)
+        model = ServedModel(
+            name=model_name,
+            created=int(time.time()),
+            vocab_size=engine.vocab_size,
+            max_context_tokens=engine.max_context_tokens,
+            stop_token_ids=target.config.eos_token_ids,
+        )
+        self._ingress = self._make_ingress(model, directory, settings)
+        self._start()
+
+    def app(self) -> ASGIApp:
+        """The ASGI application."""
+        return self._ingress.app()
+
+    def check_health(self) -> None:
+        """Raise EngineStopped if the engine's thread is dead or stuck; a store that is down is no reason."""
+        if not self._runner.is_healthy():
+            raise EngineStopped(
+                f"replica {self._replica_id}: the engine is dead or stuck; Serve starts another replica"
+            )
+
+    def stop(self) -> None:
+        """Stop, sending what was observed if the log answers; running requests end with an error."""
+        if self._follower is not None:
+            self._follower.stop(_STOP_S)
+        self._runner.stop(_STOP_S)
+        if self._observer is not None:
+            self._observer.stop(_STOP_S)
+
+    def _start(self) -> None:
+        self._runner.start()
+        if self._observer is not None:
+            self._observer.start()
+        if self._follower is not None:
+            self._follower.start()
+        logger.info("replica %s serves", self._replica_id)
+
+    def _make_ingress(self, model: ServedModel, directory: Path, settings: Settings) -> Ingress:
+        keys = settings.addresses.api_keys
+        return Ingress(
+            model,
+            prompt_text=PromptText(directory),
+            runner=self._runner,
+            metrics=self._metrics,
+            callers=Callers(load_tenants(keys) if keys else None),
+        )
+
+    def _pointer_follower(self, settings: Settings, digest: str) -> PointerFollower | None:
+        if settings.addresses.redis is None:
+            logger.warning("SLIPSTREAM_REDIS is not set: no pointer to follow, this replica serves without a draft")
+            return None
+        return PointerFollower(
+            open_pointers(settings),
+            self._runner,
+            domain=DEFAULT_DOMAIN,
+            target_digest=digest,
+            replica_id=self._replica_id,
+            artifact_root=settings.state_dir / ARTIFACTS,
+            cache_dir=settings.state_dir / "last_good",
+            poll_s=settings.config.serving.pointer_poll_s,
+            metrics=self._metrics,
+        )
+
+
+def _observer(settings: Settings, metrics: ReplicaMetrics) -> Observer | None:
+    if settings.addresses.redis is None and settings.addresses.kafka is None:
+        logger.warning("no log is named (SLIPSTREAM_REDIS, SLIPSTREAM_KAFKA): nothing is observed or learned")
+        return None
+    return Observer(
+        open_log(settings), max_queued_records=settings.config.observing.max_queued_records, metrics=metrics
+    )
+
+
+def _limits(settings: Settings) -> EngineLimits:
+    serving = settings.config.serving
+    return EngineLimits(
+        max_running_requests=serving.max_running_requests,
+        max_queued_requests=serving.max_queued_requests,
+        max_step_tokens=serving.max_step_tokens,
+        max_context_tokens=serving.max_context_tokens,
+        num_draft_tokens=serving.num_draft_tokens,
+    )
+
+
+def _forget(_: Observation) -> None:
+    """Where observations go when no log is named."""
