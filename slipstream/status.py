@@ -1,0 +1,129 @@
+"""What is served, by whom, and why: the pointer beside every replica's acknowledgement (`slipstream status`).
+
+Reads the pointer store only, so it works with the registry, the log and the promoter down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from slipstream.promotion import PromotionDecision
+from slipstream.stores.protocols import PointerStore, WorkerStatus
+from slipstream.versions import Acknowledgement, Role, ServingPointer
+
+SILENT_AFTER_S = 120.0
+"""A worker that has not reported for this long is shown as silent and counts as a problem."""
+
+_NUM_DECISIONS = 5
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """One look at the pointer store; `at` is seconds since the epoch."""
+
+    role: Role
+    domain: str
+    pointer: ServingPointer | None
+    frozen: str | None
+    acknowledgements: tuple[Acknowledgement, ...]
+    workers: tuple[WorkerStatus, ...]
+    decisions: tuple[PromotionDecision, ...]
+    at: float
+
+
+def read_status(pointers: PointerStore, *, role: Role, domain: str, at: float) -> Status:
+    """The status now; raises StoreUnavailable."""
+    return Status(
+        role=role,
+        domain=domain,
+        pointer=pointers.read(role, domain),
+        frozen=pointers.frozen(),
+        acknowledgements=tuple(pointers.acknowledgements(role, domain)),
+        workers=tuple(pointers.workers()),
+        decisions=tuple(pointers.decisions(limit=_NUM_DECISIONS)),
+        at=at,
+    )
+
+
+def problems(status: Status) -> list[str]:
+    """What is not as it should be, one line each; empty when every replica runs what the pointer says."""
+    found = [problem for one in status.acknowledgements if (problem := skew(status.pointer, one))]
+    if status.pointer is not None and not status.acknowledgements:
+        found.append("no replica has acknowledged within the last minute")
+    for worker in status.workers:
+        if status.at - worker.at > SILENT_AFTER_S:
+            found.append(f"{worker.worker} has been silent for {_age(status, worker.at)}")
+    return found
+
+
+def skew(pointer: ServingPointer | None, one: Acknowledgement) -> str | None:
+    """How a replica differs from the pointer, or None; the digest decides, being that of the tensors in memory."""
+    if pointer is None:
+        return None
+    if one.state == "refused":
+        return f"{one.replica_id} refused generation {one.generation} and runs v{one.version}: {one.error}"
+    if one.generation != pointer.generation:
+        return f"{one.replica_id} runs generation {one.generation}, the pointer is at {pointer.generation}"
+    if one.version != pointer.version or one.digest != pointer.digest:
+        return (
+            f"{one.replica_id} runs v{one.version} {short(one.digest)}, "
+            f"the pointer says v{pointer.version} {short(pointer.digest)}"
+        )
+    return None
+
+
+def render(status: Status) -> str:
+    """The status as lines of text; ends with the problems, or with "ok"."""
+    lines = [*_pointer_lines(status), *_replica_lines(status), *_worker_lines(status), *_decision_lines(status)]
+    found = problems(status)
+    lines += [f"PROBLEM    {one}" for one in found] or ["ok         every replica runs what the pointer says"]
+    return "\n".join(lines)
+
+
+def short(digest: str) -> str:
+    """The first 12 characters of a digest, for people."""
+    return digest[:12] or "-"
+
+
+def _pointer_lines(status: Status) -> Iterator[str]:
+    name, pointer = f"{status.role}/{status.domain}", status.pointer
+    if pointer is None:
+        yield f"pointer    {name}  none yet: replicas serve without a draft, the first is born from traffic"
+    else:
+        age = _age(status, pointer.set_at)
+        yield (
+            f"pointer    {name}  v{pointer.version}  generation {pointer.generation}  "
+            f"digest {short(pointer.digest)}  set {age} ago: {pointer.reason}"
+        )
+    yield f"promotion  {'allowed' if status.frozen is None else f'FROZEN: {status.frozen}'}"
+
+
+def _replica_lines(status: Status) -> Iterator[str]:
+    for one in status.acknowledgements:
+        verdict = "skewed" if skew(status.pointer, one) else "digest equal"
+        yield (
+            f"replica    {one.replica_id}  v{one.version}  generation {one.generation}  digest {short(one.digest)}  "
+            f"{one.state}, {verdict}, heard {_age(status, one.at)} ago"
+        )
+
+
+def _worker_lines(status: Status) -> Iterator[str]:
+    for one in status.workers:
+        lag = "no lag" if one.lag < 0 else f"lag {one.lag} records"
+        yield f"worker     {one.worker}  {lag}, heard {_age(status, one.at)} ago  {one.detail}"
+
+
+def _decision_lines(status: Status) -> Iterator[str]:
+    for one in status.decisions:
+        yield (
+            f"decision   {one.verdict} v{one.challenger_version} over v{one.champion_version}, "
+            f"{_age(status, one.at)} ago: {one.reason}"
+        )
+
+
+def _age(status: Status, at: float) -> str:
+    seconds = max(0.0, status.at - at)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
