@@ -7,6 +7,7 @@ flat: config.json, *.safetensors and further *.json files. Anything else (pickle
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -28,15 +29,17 @@ def fetch(pointer: ServingPointer, *, artifact_root: Path, into: Path) -> Path:
     destination = into / pointer.digest
     if destination.is_dir():
         return destination
-    partial = into / f"{pointer.digest}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    into.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=into))
     try:
         for path in files:
             shutil.copyfile(path, partial / path.name)
+        partial.rename(destination)
     except OSError as error:
-        raise ArtifactRejected(f"cannot copy {source}: {error}", reason="location") from error
-    partial.rename(destination)
+        shutil.rmtree(partial, ignore_errors=True)
+        # Replicas of one machine share the cache: another one may have put the same digest there meanwhile.
+        if not destination.is_dir():
+            raise ArtifactRejected(f"cannot copy {source}: {error}", reason="location") from error
     return destination
 
 

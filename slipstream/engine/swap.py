@@ -97,7 +97,7 @@ class PointerFollower:
     def _is_news(self, pointer: ServingPointer) -> bool:
         if self._refused is not None and pointer.generation == self._refused.generation:
             return time.monotonic() >= self._retry_at
-        # A lower generation than the applied one means that the store lost its latest writes: the version keeps serving.
+        # A lower generation than the applied one means that the store lost its latest writes: keep serving.
         return pointer.generation > self._applied_generation
 
     def _apply_or_refuse(self, pointer: ServingPointer) -> None:

@@ -1,0 +1,224 @@
+"""A replica follows the pointer, proves what it runs, and refuses what it should not load."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from conftest import MODELS, Served, make_engine
+
+from slipstream.engine.runner import EngineRunner
+from slipstream.engine.swap import PointerFollower
+from slipstream.errors import StoreUnavailable
+from slipstream.models.checkpoint import Checkpoint, digest_of_tensors, load_checkpoint, save_checkpoint
+from slipstream.models.decoder import initial_draft
+from slipstream.stores.memory import MemoryPointers
+from slipstream.telemetry import ReplicaMetrics
+from slipstream.versions import Acknowledgement, ServingPointer
+
+DEADLINE_S = 60.0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+class Replica:
+    """An engine on its thread with a follower; `root` is the artifact root."""
+
+    def __init__(self, target: Checkpoint, pointers: MemoryPointers, root: Path, cache: Path) -> None:
+        self.metrics = ReplicaMetrics()
+        self.runner = EngineRunner(make_engine(target, Served(), [], self.metrics))
+        self.pointers = pointers
+        self.target_digest = target.digest
+        self.follower = PointerFollower(
+            pointers,
+            self.runner,
+            domain="default",
+            target_digest=target.digest,
+            replica_id="replica-1",
+            artifact_root=root,
+            cache_dir=cache,
+            poll_s=0.05,
+            metrics=self.metrics,
+        )
+
+    def start(self) -> None:
+        self.runner.start()
+        self.follower.start()
+
+    def stop(self) -> None:
+        self.follower.stop(10)
+        self.runner.stop(10)
+
+    def point_at(self, directory: Path, *, version: int, digest: str, **changes: object) -> ServingPointer:
+        current = self.pointers.read("draft", "default")
+        generation = current.generation if current else 0
+        pointer = ServingPointer(
+            role="draft",
+            domain="default",
+            version=version,
+            artifact_uri=directory.as_uri() if version else "",
+            digest=digest,
+            target_digest=self.target_digest,
+            generation=generation + 1,
+            fencing_token=self.pointers.issue_fencing_token(),
+            reason="test",
+            set_at=time.time(),
+        )
+        pointer = msgspec.structs.replace(pointer, **changes)
+        self.pointers.advance(pointer, expected_generation=generation)
+        return pointer
+
+    def acknowledged(self, generation: int) -> Acknowledgement:
+        def has_come() -> bool:
+            acks = self.pointers.acknowledgements("draft", "default")
+            return bool(acks) and acks[0].generation == generation
+
+        wait_for(has_come)
+        return self.pointers.acknowledgements("draft", "default")[0]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An artifact root with one good draft in it."""
+    shutil.copytree(MODELS / "draft-2m-general", tmp_path / "root" / "good", ignore=shutil.ignore_patterns("*.md"))
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def replica(target: Checkpoint, root: Path, tmp_path: Path) -> Iterator[Replica]:
+    replica = Replica(target, MemoryPointers(), root, tmp_path / "cache")
+    replica.start()
+    yield replica
+    replica.stop()
+
+
+def test_a_move_of_the_pointer_is_acknowledged_with_the_digest_in_memory(
+    replica: Replica, root: Path, general: Checkpoint
+) -> None:
+    replica.point_at(root / "good", version=4, digest=general.digest)
+    ack = replica.acknowledged(1)
+    assert (ack.state, ack.version, ack.error) == ("serving", 4, "")
+    assert ack.digest == general.digest == replica.runner.engine.draft_digest
+    assert replica.metrics.registry.get_sample_value("slipstream_draft_info", {"version": "4"}) == 1
+    replica.point_at(root, version=0, digest="")
+    assert replica.acknowledged(2).version == 0
+    assert replica.runner.draft_version == 0
+
+
+def with_pickle(directory: Path, _: Path) -> None:
+    (directory / "extra.bin").write_bytes(b"\x80\x04N.")
+
+
+def with_link(directory: Path, root: Path) -> None:
+    (root / "outside.json").write_text("{}")
+    (directory / "link.json").symlink_to(root / "outside.json")
+
+
+def with_changed_byte(directory: Path, _: Path) -> None:
+    path = directory / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x40
+    path.write_bytes(content)
+
+
+def with_truncated_weights(directory: Path, _: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def with_unsupported_config(directory: Path, _: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace('"silu"', '"gelu"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (with_pickle, "extra.bin"),
+        (with_link, "link.json"),
+        (with_changed_byte, "digest"),
+        (with_truncated_weights, "safetensors"),
+        (with_unsupported_config, "gelu"),
+    ],
+)
+def test_a_bad_artifact_is_refused_and_the_old_version_keeps_serving(
+    replica: Replica, root: Path, general: Checkpoint, damage: Callable[[Path, Path], None], words: str
+) -> None:
+    replica.point_at(root / "good", version=1, digest=general.digest)
+    replica.acknowledged(1)
+    shutil.copytree(root / "good", root / "bad")
+    damage(root / "bad", root)
+    # A digest the cache does not hold yet, so that the damaged files are really read.
+    digest = general.digest if damage is not with_changed_byte else "0" * 64
+    shutil.rmtree(replica.follower._cache_dir / general.digest)
+    replica.point_at(root / "bad", version=2, digest=digest)
+    ack = replica.acknowledged(2)
+    assert ack.state == "refused"
+    assert words in ack.error
+    assert (ack.version, ack.digest) == (1, general.digest)
+    assert replica.runner.draft_version == 1
+
+
+@pytest.mark.parametrize("weights", ["vocabulary", "nan"])
+def test_weights_that_do_not_fit_are_refused(replica: Replica, root: Path, weights: str) -> None:
+    config, tensors = initial_draft(512 if weights == "vocabulary" else 4096, seed=1)
+    if weights == "nan":
+        tensors["model.norm.weight"][3] = torch.nan
+    digest = save_checkpoint(root / "odd", config, tensors)
+    replica.point_at(root / "odd", version=1, digest=digest)
+    ack = replica.acknowledged(1)
+    assert (ack.state, ack.version) == ("refused", 0)
+    assert ("512" if weights == "vocabulary" else "finite") in ack.error
+
+
+def test_a_place_outside_the_root_and_another_target_are_refused(
+    replica: Replica, root: Path, general: Checkpoint
+) -> None:
+    replica.point_at(MODELS / "draft-2m-general", version=1, digest=general.digest)
+    assert "outside the root" in replica.acknowledged(1).error
+    sneaky = (root / "good").as_uri().replace("/good", "/good/..%2F../cache")
+    replica.point_at(root / "good", version=2, digest=general.digest, artifact_uri=sneaky)
+    assert "outside the root" in replica.acknowledged(2).error
+    replica.point_at(root / "good", version=3, digest=general.digest, artifact_uri="http://127.0.0.1/good")
+    assert "file:///" in replica.acknowledged(3).error
+    replica.point_at(root / "good", version=4, digest=general.digest, target_digest="another")
+    assert "target" in replica.acknowledged(4).error
+    assert replica.runner.draft_version == 0
+
+
+class DownPointers(MemoryPointers):
+    """A pointer store that does not answer."""
+
+    def read(self, role: str, domain: str) -> ServingPointer | None:  # type: ignore[override]
+        raise StoreUnavailable("connection refused")
+
+
+def test_a_replica_starts_from_the_last_good_version_with_the_store_down(
+    target: Checkpoint, root: Path, general: Checkpoint, tmp_path: Path
+) -> None:
+    first = Replica(target, MemoryPointers(), root, tmp_path / "cache")
+    first.start()
+    first.point_at(root / "good", version=7, digest=general.digest)
+    first.acknowledged(1)
+    first.stop()
+    shutil.rmtree(root)
+    second = Replica(target, DownPointers(), root, tmp_path / "cache")
+    second.start()
+    wait_for(lambda: second.runner.draft_version == 7)
+    assert second.runner.engine.draft_digest == general.digest
+    second.stop()
+
+
+def test_the_digest_is_of_values_not_of_files(tmp_path: Path, general: Checkpoint) -> None:
+    as_fp32 = save_checkpoint(tmp_path / "fp32", general.config, general.weights, dtype=torch.float32)
+    assert as_fp32 == general.digest == digest_of_tensors(load_checkpoint(tmp_path / "fp32").weights)
