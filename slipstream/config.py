@@ -5,6 +5,7 @@
     SLIPSTREAM_REDIS      redis://, rediss:// or unix:// URL of the pointer store (and of the log, if that is Redis)
     SLIPSTREAM_KAFKA      host:port[,host:port...] of the Kafka brokers; naming it puts the observation log on Kafka
     SLIPSTREAM_MLFLOW     tracking URI of the registry: http(s)://, sqlite:/// or postgresql://
+    SLIPSTREAM_METRICS    host:port where a worker or the promoter serves its /metrics; without it they serve none
     SLIPSTREAM_API_KEYS   path of a TOML file of tenants; without it every caller is the tenant `anonymous`
 
 A wrong value stops the start with the value seen and the value expected. Constructors elsewhere take values, never
@@ -29,9 +30,10 @@ PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The target's replicas and their HTTP face."""
+    """The target's replicas and their HTTP face; `initial_draft` is the draft of day one, "" for none."""
 
     target: str = "deploy/models/mix-moe-11m"
+    initial_draft: str = ""
     model_name: str = ""
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 8000
@@ -57,9 +59,9 @@ class LearningConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """The distiller: when it trains and what it keeps."""
 
     observations_per_version: PositiveInt = 48
-    steps_per_version: PositiveInt = 60
-    batch_sequences: PositiveInt = 8
-    learning_rate: PositiveFloat = 2e-3
+    steps_per_version: PositiveInt = 120
+    batch_sequences: PositiveInt = 4
+    learning_rate: PositiveFloat = 3e-3
     replay_ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.5
     replay_per_domain: PositiveInt = 512
     keep_versions: PositiveInt = 20
@@ -83,6 +85,7 @@ class Addresses(msgspec.Struct, frozen=True, kw_only=True):
     kafka: str | None = None
     mlflow: str | None = None
     api_keys: str | None = None
+    metrics: str | None = None
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -124,9 +127,10 @@ def load_config(environ: Mapping[str, str] | None = None) -> Settings:
     config = _read_toml(path, Config) if named or path.exists() else Config()
     addresses = Addresses(
         redis=_checked_url("SLIPSTREAM_REDIS", environ, ("redis", "rediss", "unix")),
-        kafka=_checked_brokers(environ.get("SLIPSTREAM_KAFKA")),
+        kafka=_checked_hosts("SLIPSTREAM_KAFKA", environ),
         mlflow=_checked_url("SLIPSTREAM_MLFLOW", environ, ("http", "https", "sqlite", "postgresql", "mysql")),
         api_keys=environ.get("SLIPSTREAM_API_KEYS") or None,
+        metrics=_checked_hosts("SLIPSTREAM_METRICS", environ),
     )
     return Settings(
         config=config,
@@ -170,13 +174,14 @@ def _checked_url(name: str, environ: Mapping[str, str], schemes: tuple[str, ...]
     return value
 
 
-def _checked_brokers(value: str | None) -> str | None:
+def _checked_hosts(name: str, environ: Mapping[str, str]) -> str | None:
+    value = environ.get(name)
     if not value:
         return None
     for broker in value.split(","):
         match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})", broker.strip())
         if match is None or not 0 < int(match[2]) < 65536:
-            raise ConfigError(f"SLIPSTREAM_KAFKA={value}: {broker!r} is no host:port; expected host:port[,host:port]")
+            raise ConfigError(f"{name}={value}: {broker!r} is no host:port; expected host:port[,host:port]")
     return value
 
 

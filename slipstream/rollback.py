@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -20,7 +21,7 @@ def rollback(
 ) -> ServingPointer:
     """Point at an earlier version and freeze promotion in the same step; the pointer that was set.
 
-    `to_version` None means the version served before the current one, which is none (0) if there never was another.
+    `to_version` None means the newest version served earlier that no rollback left, and none (0) if there is no such.
     Version 0 serves without a draft. Takes a new fencing token first, so that no promoter moves the pointer meanwhile.
     Raises UnknownVersion if the history does not hold that version, or if there is no pointer yet; StalePointer or
     StaleFence if another operator was faster.
@@ -51,13 +52,15 @@ def rolled_back_versions(history: Sequence[ServingPointer]) -> frozenset[int]:
     """Versions that an operator moved away from (`history` newest first): only an operator may bring them back."""
     return frozenset(
         older.version
-        for newer, older in zip(history, history[1:], strict=False)
+        for newer, older in pairwise(history)
         if newer.reason.startswith(REASON_PREFIX) and older.version != newer.version
     )
 
 
 def _previous_version(history: Sequence[ServingPointer]) -> int:
-    return next((one.version for one in history if one.version != history[0].version), NO_VERSION)
+    # A second rollback goes further back instead of returning to what the first one left.
+    left = rolled_back_versions(history) | {history[0].version}
+    return next((one.version for one in history if one.version not in left), NO_VERSION)
 
 
 def _place_of(history: Sequence[ServingPointer], version: int) -> ServingPointer | None:

@@ -1,0 +1,225 @@
+"""The promoter's turn: the newest report through the gate, then the pointer, then the registry's alias.
+
+The pointer is the truth and moves first. The champion alias only tells people what the pointer says, and is repaired
+whenever it differs. Whoever holds an older fencing token than an operator's rollback cannot move the pointer.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+
+from slipstream.errors import (
+    ArtifactRejected,
+    CheckpointError,
+    ConfigError,
+    PromotionFrozen,
+    StaleFence,
+    StalePointer,
+    UnknownVersion,
+)
+from slipstream.models.checkpoint import check_draft, load_checkpoint, save_checkpoint
+from slipstream.promotion import PromotionDecision, PromotionGate, decide
+from slipstream.rollback import rolled_back_versions
+from slipstream.stores.protocols import HISTORY_LIMIT, ModelRegistry, PointerStore
+from slipstream.telemetry import WorkerMetrics
+from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION, Lineage, ModelVersion, Role, ServingPointer
+
+_logger = logging.getLogger(__name__)
+
+ROLE: Role = "draft"
+
+
+class Promoter:
+    """Moves the pointer of one domain; every call may raise StoreUnavailable and be repeated."""
+
+    def __init__(
+        self,
+        pointers: PointerStore,
+        registry: ModelRegistry,
+        *,
+        gate: PromotionGate,
+        target_digest: str,
+        metrics: WorkerMetrics,
+        domain: str = DEFAULT_DOMAIN,
+    ) -> None:
+        self._pointers = pointers
+        self._registry = registry
+        self._gate = gate
+        self._target_digest = target_digest
+        self._metrics = metrics
+        self._domain = domain
+        self._fencing_token: int | None = None
+        self._said = ""
+
+    def turn(self) -> PromotionDecision | None:
+        """Reconcile, then decide on the challenger; the decision if it is a new one."""
+        if self._fencing_token is None:
+            self._fencing_token = self._pointers.issue_fencing_token()
+        pointer = self._pointers.read(ROLE, self._domain)
+        reconcile_champion(self._registry, pointer, domain=self._domain)
+        challenger = self._challenger(pointer)
+        if challenger is None:
+            return None
+        report = self._registry.report(ROLE, self._domain, challenger.version)
+        if report is None or report.champion_version != served_version(pointer, self._target_digest):
+            return None
+        decision = decide(self._gate, report, at=time.time())
+        if decision.verdict == "promote" and not self._promote(challenger, pointer, decision):
+            return None
+        if not self._record(decision):
+            return None
+        return decision
+
+    def _challenger(self, pointer: ServingPointer | None) -> ModelVersion | None:
+        """The version that wants to be promoted and may be, or None."""
+        number = self._registry.alias(ROLE, self._domain, "challenger")
+        if number is None or (pointer is not None and number == pointer.version):
+            return None
+        challenger = self._registry.get(ROLE, self._domain, number)
+        if challenger.lineage.target_digest != self._target_digest:
+            self._say(
+                f"version {number} was distilled from target {challenger.lineage.target_digest[:12]}, "
+                f"served is {self._target_digest[:12]}; it is never promoted here"
+            )
+            return None
+        if number in rolled_back_versions(self._pointers.history(ROLE, self._domain, limit=HISTORY_LIMIT)):
+            self._say(f"version {number} was rolled back by an operator; only an operator may bring it back")
+            return None
+        return challenger
+
+    def _promote(self, challenger: ModelVersion, pointer: ServingPointer | None, decision: PromotionDecision) -> bool:
+        """Move the pointer, then the alias; False if that is not allowed now, which the log says once."""
+        frozen = self._pointers.frozen()
+        if frozen is not None:
+            self._say(f"version {challenger.version} passes the gate, but promotion is frozen: {frozen}")
+            return False
+        try:
+            moved = advance(
+                self._pointers,
+                challenger,
+                after=pointer,
+                fencing_token=self._fencing_token or 0,
+                reason=decision.reason,
+            )
+        except (StalePointer, StaleFence, PromotionFrozen) as error:
+            self._say(f"version {challenger.version} is not promoted now: {error}")
+            if isinstance(error, StaleFence) and self._pointers.frozen() is None:
+                self._fencing_token = None
+            return False
+        _logger.info("generation %d serves draft version %d: %s", moved.generation, moved.version, moved.reason)
+        self._said = ""
+        return True
+
+    def _record(self, decision: PromotionDecision) -> bool:
+        """Record and reconcile after a decision; False if the newest recorded one says the same."""
+        newest = self._pointers.decisions(limit=1)
+        is_new = not newest or msgspec.structs.replace(newest[0], at=decision.at) != decision
+        if is_new:
+            self._pointers.record_decision(decision)
+            self._metrics.decisions.labels(decision.verdict).inc()
+            _logger.info("%s version %d: %s", decision.verdict, decision.challenger_version, decision.reason)
+        if decision.verdict == "promote":
+            pointer = self._pointers.read(ROLE, self._domain)
+            reconcile_champion(self._registry, pointer, domain=self._domain)
+        return is_new
+
+    def _say(self, line: str) -> None:
+        """Log a line unless it was the last one said."""
+        if line != self._said:
+            _logger.warning("%s", line)
+            self._said = line
+
+
+def served_version(pointer: ServingPointer | None, target_digest: str) -> int:
+    """The version that serves this target: 0 for none, also where the pointer belongs to another target."""
+    is_ours = pointer is not None and pointer.target_digest == target_digest
+    return pointer.version if pointer is not None and is_ours else NO_VERSION
+
+
+def advance(
+    pointers: PointerStore,
+    version: ModelVersion,
+    *,
+    after: ServingPointer | None,
+    fencing_token: int,
+    reason: str,
+) -> ServingPointer:
+    """Point at a version, one generation after `after` (None: the first); errors as `PointerStore.advance`."""
+    expected_generation = after.generation if after else 0
+    pointer = ServingPointer(
+        role=version.role,
+        domain=version.domain,
+        version=version.version,
+        artifact_uri=version.artifact_uri,
+        digest=version.digest,
+        target_digest=version.lineage.target_digest,
+        generation=expected_generation + 1,
+        fencing_token=fencing_token,
+        reason=reason,
+        set_at=time.time(),
+    )
+    pointers.advance(pointer, expected_generation=expected_generation)
+    return pointer
+
+
+def reconcile_champion(registry: ModelRegistry, pointer: ServingPointer | None, *, domain: str) -> None:
+    """Make the champion alias say what the pointer says; version 0 and a pruned version leave it as it is."""
+    if pointer is None or pointer.version == NO_VERSION:
+        return
+    if registry.alias(ROLE, domain, "champion") == pointer.version:
+        return
+    try:
+        registry.set_alias(ROLE, domain, "champion", pointer.version)
+    except UnknownVersion as error:
+        _logger.warning("the champion alias cannot follow the pointer: %s", error)
+
+
+def initial_draft_dir(named: str, *, vocab_size: int) -> Path | None:
+    """The directory that `serving.initial_draft` names, None for ""; ConfigError if no draft of this target is there.
+
+    Every process that uses it looks at its start: later the error would repeat in every turn.
+    """
+    if not named:
+        return None
+    try:
+        check_draft(load_checkpoint(Path(named)), vocab_size=vocab_size)
+    except (CheckpointError, ArtifactRejected) as error:
+        raise ConfigError(f"serving.initial_draft={named!r}: {error}") from error
+    return Path(named)
+
+
+def seed(
+    pointers: PointerStore,
+    registry: ModelRegistry,
+    draft_dir: Path,
+    *,
+    target_digest: str,
+    vocab_size: int,
+    domain: str = DEFAULT_DOMAIN,
+) -> ServingPointer | None:
+    """Register a draft that exists already and point at it, if there is no pointer yet; what was set, or None.
+
+    Raises CheckpointError or ArtifactRejected for a directory that cannot serve. A crash in between is made good by
+    the next call: registration is idempotent.
+    """
+    if pointers.read(ROLE, domain) is not None:
+        return None
+    draft = load_checkpoint(draft_dir)
+    check_draft(draft, vocab_size=vocab_size)
+    with tempfile.TemporaryDirectory() as staging:
+        digest = save_checkpoint(Path(staging), draft.config, draft.weights)
+        lineage = Lineage(target_digest=target_digest, note="initial draft, not trained here")
+        version = registry.register(ROLE, domain, Path(staging), digest=digest, lineage=lineage)
+    token = pointers.issue_fencing_token()
+    try:
+        pointer = advance(pointers, version, after=None, fencing_token=token, reason="initial draft")
+    except (StalePointer, PromotionFrozen) as error:
+        _logger.warning("the initial draft is not served: %s", error)
+        return None
+    _logger.info("generation 1 serves the initial draft as version %d", version.version)
+    return pointer
