@@ -13,8 +13,8 @@ from pathlib import Path
 
 from slipstream.errors import ConfigError
 
-_MAX_PATH_CHARACTERS = 40
-"""Ray's unix sockets lie some 65 characters below, and the kernel takes 107."""
+_MAX_PATH_CHARACTERS = 28
+"""HAProxy's socket lies 68 characters below (a node id and a name) and may have 97 in all; Ray's 65 of 107."""
 
 
 class RunDir:
@@ -58,8 +58,8 @@ def _place(state_dir: Path) -> Path:
     place = state_dir / "run"
     if len(str(place)) <= _MAX_PATH_CHARACTERS:
         return place
-    name = hashlib.sha256(str(state_dir).encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir()) / f"slipstream-{os.getuid()}-{name}"
+    name = hashlib.sha256(str(state_dir).encode()).hexdigest()[:10]
+    return Path(tempfile.gettempdir()) / f"ss-{os.getuid()}-{name}"
 
 
 def _check_private(path: Path) -> None:
