@@ -79,7 +79,7 @@ class PromptText:
         special = {name: _token_text(self._settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **special)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
 
 

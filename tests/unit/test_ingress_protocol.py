@@ -1,0 +1,173 @@
+"""Request bodies: what is accepted, and what a caller reads when it is not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.target.openai_requests import ChatMessage, parse_chat, parse_completion
+from slipstream.errors import RequestError
+
+
+def completion(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "prompt": "hello"} | fields).encode()
+
+
+def chat(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]} | fields).encode()
+
+
+def test_defaults_are_those_of_the_openai_api() -> None:
+    call = parse_completion(completion())
+    assert (call.temperature, call.top_p, call.top_k, call.seed) == (1.0, 1.0, 0, None)
+    assert (call.max_tokens, call.stop, call.stream, call.include_usage) == (16, (), False, False)
+    assert parse_chat(chat()).max_tokens is None
+
+
+def test_null_means_default() -> None:
+    fields = dict.fromkeys(("temperature", "top_p", "top_k", "seed", "stop", "stream", "n", "logprobs", "max_tokens"))
+    assert parse_completion(completion(**fields)) == parse_completion(completion())
+
+
+def test_unknown_fields_are_ignored() -> None:
+    assert parse_completion(completion(verbosity="low", prompt_cache_key="x")) == parse_completion(completion())
+
+
+def test_values_that_ask_for_nothing_unserved_are_accepted() -> None:
+    harmless = {"n": 1, "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}, "tools": []}
+    assert parse_chat(chat(**harmless)) == parse_chat(chat())
+
+
+@pytest.mark.parametrize("prompt", ["text", ["text"]])
+def test_one_text_prompt_may_come_in_a_list(prompt: Any) -> None:
+    assert parse_completion(completion(prompt=prompt)).prompt == "text"
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3], [[1, 2, 3]]])
+def test_token_ids_are_a_prompt(prompt: Any) -> None:
+    assert parse_completion(completion(prompt=prompt)).prompt == (1, 2, 3)
+
+
+def test_text_parts_of_a_message_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    call = parse_chat(chat(messages=[{"role": "system", "content": "s"}, {"role": "user", "content": parts}]))
+    assert call.prompt == (ChatMessage("system", "s"), ChatMessage("user", "ab"))
+
+
+def test_either_name_of_the_limit_is_read_and_a_contradiction_is_refused() -> None:
+    assert parse_chat(chat(max_completion_tokens=5)).max_tokens == 5
+    assert parse_chat(chat(max_tokens=5, max_completion_tokens=5)).max_tokens == 5
+    with pytest.raises(RequestError, match="max_tokens is 4 and max_completion_tokens is 5"):
+        parse_chat(chat(max_tokens=4, max_completion_tokens=5))
+
+
+BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
+    ({"prompt": ""}, "prompt", "prompt is empty"),
+    ({"prompt": []}, "prompt", "prompt is empty"),
+    ({"prompt": None}, "prompt", "prompt is missing"),
+    ({"prompt": ["a", "b"]}, "prompt", "holds 2 prompts, expected one"),
+    ({"prompt": 7}, "prompt", "prompt is 7, expected a string"),
+    ({"prompt": [1, -2]}, "prompt", r"prompt is \[1,-2\]"),
+    ({"prompt": [True]}, "prompt", r"prompt is \[true\]"),
+    ({"model": None}, "model", "model is missing"),
+    ({"model": 3}, "model", "model is 3, expected a string"),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens is 0, expected an integer of at least 1"),
+    ({"max_tokens": -5}, "max_tokens", "max_tokens is -5"),
+    ({"max_tokens": 1.5}, "max_tokens", "max_tokens is 1.5"),
+    ({"max_tokens": "many"}, "max_tokens", 'max_tokens is "many"'),
+    ({"max_tokens": True}, "max_tokens", "max_tokens is true"),
+    ({"temperature": -0.1}, "temperature", "expected a number from 0 to 2"),
+    ({"temperature": 2.1}, "temperature", "expected a number from 0 to 2"),
+    ({"temperature": "hot"}, "temperature", 'temperature is "hot"'),
+    ({"top_p": 0}, "top_p", "top_p is 0, expected a number above 0"),
+    ({"top_p": 1.1}, "top_p", "top_p is 1.1"),
+    ({"top_k": -1}, "top_k", "top_k is -1"),
+    ({"seed": -1}, "seed", "seed is -1"),
+    ({"seed": 2**63}, "seed", "seed is 9223372036854775808"),
+    ({"stop": ["a"] * 5}, "stop", "stop has 5 strings, expected at most 4"),
+    ({"stop": [""]}, "stop", "0 characters"),
+    ({"stop": 3}, "stop", "stop is 3"),
+    ({"stream": "yes"}, "stream", 'stream is "yes", expected true or false'),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "without stream: true"),
+    ({"n": 2}, "n", "n is 2, which is not supported"),
+    ({"logprobs": 0}, "logprobs", "logprobs is 0, which is not supported"),
+    ({"echo": True}, "echo", "echo is true"),
+    ({"best_of": 3}, "best_of", "best_of is 3"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty is 0.5"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "response_format is"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "message"), BAD_COMPLETIONS, ids=lambda value: str(value)[:40])
+def test_a_bad_completion_names_field_value_and_expectation(fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as raised:
+        parse_completion(completion(**fields))
+    assert raised.value.param == param
+
+
+BAD_CHATS: list[tuple[Any, str, str]] = [
+    ([], "messages", "expected a non-empty list"),
+    (None, "messages", "messages is missing"),
+    ("hi", "messages", 'messages is "hi"'),
+    (["hi"], "messages[0]", r"messages\[0\] is \"hi\", expected an object"),
+    ([{"role": "tool", "content": "x"}], "messages[0].role", 'role is "tool", expected one of'),
+    ([{"role": "user"}], "messages[0].content", "content is null"),
+    ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content", "expected a string or a list"),
+    ([{"role": "user", "content": ""}], "messages", "every message is empty"),
+]
+
+
+@pytest.mark.parametrize(("messages", "param", "message"), BAD_CHATS, ids=lambda value: str(value)[:40])
+def test_bad_messages_name_field_value_and_expectation(messages: Any, param: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as raised:
+        parse_chat(chat(messages=messages))
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000])
+def test_a_body_that_is_no_object_is_refused(data: bytes) -> None:
+    with pytest.raises(RequestError, match="expected a JSON object"):
+        parse_completion(data)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=6,
+)
+fields = st.sampled_from(
+    [
+        "model",
+        "prompt",
+        "messages",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop",
+        "stream",
+        "n",
+        "stream_options",
+    ]
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(fields, json_values))
+def test_any_json_is_parsed_or_refused_by_name(body: dict[str, Any]) -> None:
+    for parse in (parse_completion, parse_chat):
+        try:
+            call = parse(json.dumps(body).encode())
+        except RequestError as error:
+            refused_field = error.param
+            assert refused_field
+        else:
+            assert call.prompt
+            assert 0 <= call.temperature <= 2
+            assert 0 < call.top_p <= 1
