@@ -64,6 +64,7 @@ def score(draft: Checkpoint | None, observation: Observation, *, num_draft_token
         matches,
         num_draft_tokens=num_draft_tokens if draft is not None else 0,
         begins_request=observation.chunk == 0,
+        ends_by_limit=observation.finish_reason == "length",
     )
     return ReplayScore(
         request_id=observation.request_id,
@@ -74,18 +75,24 @@ def score(draft: Checkpoint | None, observation: Observation, *, num_draft_token
     )
 
 
-def simulated_rounds(matches: Sequence[bool], *, num_draft_tokens: int, begins_request: bool) -> list[Round]:
+def simulated_rounds(
+    matches: Sequence[bool], *, num_draft_tokens: int, begins_request: bool, ends_by_limit: bool
+) -> list[Round]:
     """The verification passes that emit `len(matches)` tokens if candidate i is right exactly where `matches[i]`.
 
-    As in the engine, the pass that ends the prompt drafts nothing, and the last token is never drafted.
+    As in the engine, the pass that ends the prompt drafts nothing, and the last token that `max_tokens` allows is
+    never drafted (`ends_by_limit`); a stop token may be.
     """
     rounds: list[Round] = []
     start = 0
     while start < len(matches):
-        is_prefill = begins_request and start == 0
-        limit = 0 if is_prefill else min(num_draft_tokens, len(matches) - start - 1)
+        num_left = len(matches) - start
+        num_proposed = min(num_draft_tokens, num_left - 1) if ends_by_limit else num_draft_tokens
+        if begins_request and start == 0:
+            num_proposed = 0
+        limit = min(num_proposed, num_left)
         num_accepted = next((i for i in range(limit) if not matches[start + i]), limit)
-        rounds.append(Round(start=start, draft_version=0, proposed=(0,) * limit, num_accepted=num_accepted))
+        rounds.append(Round(start=start, draft_version=0, proposed=(0,) * num_proposed, num_accepted=num_accepted))
         start += num_accepted + 1
     return rounds
 
