@@ -197,7 +197,8 @@ class KafkaSubscription:
         return KafkaConsumer(
             self._log._topic,
             **_connection(self._log._bootstrap),
-            group_id=self._group,
+            # A group id spans topics, and members with different topics would wait for each other.
+            group_id=f"{self._log._topic}.{self._group}",
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             session_timeout_ms=_SESSION_MS,
