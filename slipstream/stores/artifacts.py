@@ -80,12 +80,16 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def _regular_files(source: Path) -> list[Path]:
     if source.is_symlink() or not source.is_dir():
-        raise ArtifactRejected(f"artifact {source}: no directory; expected a flat directory of regular files")
+        raise ArtifactRejected(
+            f"artifact {source}: no directory; expected a flat directory of regular files", reason="format"
+        )
     files = sorted(source.iterdir())
     odd = [file.name for file in files if file.is_symlink() or not file.is_file()]
     if odd or not files:
         seen = f"{odd[0]!r} is no regular file" if odd else "it is empty"
-        raise ArtifactRejected(f"artifact {source}: {seen}; expected a flat directory of regular files")
+        raise ArtifactRejected(
+            f"artifact {source}: {seen}; expected a flat directory of regular files", reason="format"
+        )
     return files
 
 

@@ -108,11 +108,12 @@ def server_binary() -> Path:
 def _launch(home: Path, socket_path: Path, password: str, *, max_memory_bytes: int) -> subprocess.Popen[bytes]:
     (home / "data").mkdir(exist_ok=True, mode=0o700)
     config = home / "valkey.conf"
-    # The password travels in a file: a command line is readable by every user of the machine.
+    # The password travels in a file: a command line is readable by every user of the machine. Every write is synced
+    # before its reply: with `everysec` it may wait behind a sync under way, and a kill loses what was acknowledged.
     _write_private(
         config,
         f'port 0\nunixsocket "{socket_path}"\nunixsocketperm 700\nrequirepass {password}\ndaemonize no\n'
-        f'dir "{home / "data"}"\nlogfile "{home / "valkey.log"}"\nsave ""\nappendonly yes\nappendfsync everysec\n'
+        f'dir "{home / "data"}"\nlogfile "{home / "valkey.log"}"\nsave ""\nappendonly yes\nappendfsync always\n'
         f"maxmemory {max_memory_bytes}\nmaxmemory-policy noeviction\n",
     )
     return subprocess.Popen(

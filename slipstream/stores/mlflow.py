@@ -112,7 +112,7 @@ class MlflowRegistry:
         """See `ModelRegistry.record_report`; its figures become metrics of the run, with the version as their step."""
         version = self.get(report.role, report.domain, report.challenger_version)
         with self._writing():
-            write_durably(_report_path(version), msgspec.json.encode(report))
+            write_durably(_report_path(version), msgspec.msgpack.encode(report))
         with self._translated():
             run_id, _ = self._run(self._model(report.role, report.domain))
             self._client().log_batch(run_id, metrics=_metrics(report))
@@ -121,7 +121,7 @@ class MlflowRegistry:
         """See `ModelRegistry.report`."""
         path = _report_path(self.get(role, domain, version))
         try:
-            return msgspec.json.decode(path.read_bytes(), type=EvaluationReport)
+            return msgspec.msgpack.decode(path.read_bytes(), type=EvaluationReport)
         except FileNotFoundError:
             return None
         except msgspec.MsgspecError as error:
@@ -274,7 +274,7 @@ def _version(found: Any, role: Role, domain: str) -> ModelVersion:
 
 def _report_path(version: ModelVersion) -> Path:
     artifact = Path(unquote(urlsplit(version.artifact_uri).path))
-    return artifact.parent / "reports" / f"{artifact.name}.json"
+    return artifact.parent / "reports" / f"{artifact.name}.msgpack"
 
 
 def _read_lineages(path: Path) -> dict[int, Lineage]:

@@ -221,7 +221,7 @@ _Record = TypeVar("_Record")
 
 
 class RedisPointers:
-    """A `PointerStore` on Redis; records are kept as JSON, readable with redis-cli."""
+    """A `PointerStore` on Redis; records are kept as msgpack: JSON has no infinity, which bounds of decisions can be."""
 
     def __init__(
         self,
@@ -259,7 +259,7 @@ class RedisPointers:
         keys = [self._key("pointer", *place), self._key("history", *place)]
         keys += [self._key("fence"), self._key("frozen"), self._key("num_moves")]
         arguments: list[Any] = [expected_generation, pointer.generation, pointer.fencing_token, int(is_operator)]
-        arguments += [msgspec.json.encode(pointer), pointer.reason, self._key("moves"), HISTORY_LIMIT]
+        arguments += [msgspec.msgpack.encode(pointer), pointer.reason, self._key("moves"), HISTORY_LIMIT]
         with _translated(self._url):
             outcome, value = self._advance(keys=keys, args=arguments)
         if outcome == b"fence":
@@ -303,7 +303,7 @@ class RedisPointers:
         """See `PointerStore.acknowledge`."""
         keys = self._acknowledgement_keys(acknowledgement.role, acknowledgement.domain)
         with _translated(self._url):
-            self._acknowledge(keys=keys, args=[acknowledgement.replica_id, msgspec.json.encode(acknowledgement)])
+            self._acknowledge(keys=keys, args=[acknowledgement.replica_id, msgspec.msgpack.encode(acknowledgement)])
 
     def acknowledgements(self, role: Role, domain: str) -> list[Acknowledgement]:
         """See `PointerStore.acknowledgements`."""
@@ -315,7 +315,7 @@ class RedisPointers:
     def record_decision(self, decision: PromotionDecision) -> None:
         """See `PointerStore.record_decision`."""
         with _translated(self._url), self._client.pipeline(transaction=True) as step:
-            step.lpush(self._key("decisions"), msgspec.json.encode(decision))
+            step.lpush(self._key("decisions"), msgspec.msgpack.encode(decision))
             step.ltrim(self._key("decisions"), 0, HISTORY_LIMIT - 1)
             step.execute()
 
@@ -326,7 +326,7 @@ class RedisPointers:
     def report_worker(self, status: WorkerStatus) -> None:
         """See `PointerStore.report_worker`."""
         with _translated(self._url):
-            self._client.hset(self._key("workers"), status.worker, msgspec.json.encode(status))
+            self._client.hset(self._key("workers"), status.worker, msgspec.msgpack.encode(status))
 
     def workers(self) -> list[WorkerStatus]:
         """See `PointerStore.workers`."""
@@ -420,6 +420,6 @@ def _batches(records: Sequence[tuple[str, bytes]]) -> Iterator[list[tuple[str, b
 
 def _decoded(data: bytes, kind: type[_Record]) -> _Record:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return msgspec.msgpack.decode(data, type=kind)
     except msgspec.MsgspecError as error:
         raise StoreError(f"redis holds no {kind.__name__}: {error}; another program wrote to our keys") from error
