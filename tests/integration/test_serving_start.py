@@ -1,0 +1,113 @@
+"""How the service starts, survives and ends: refusals, stores that are down, a killed replica, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.integration.serving_process import MODEL, ServiceProcess, environment, run_to_exit
+from tests.servers import eventually, free_port
+
+pytestmark = pytest.mark.processes
+
+LOOPBACK = "0100007F"
+
+
+@pytest.mark.parametrize(
+    ("serving", "addresses", "message"),
+    [
+        ({"no_such_knob": 1}, {}, "no_such_knob"),
+        ({"num_replicas": 0}, {}, "num_replicas"),
+        ({}, {"redis": "http://localhost"}, "SLIPSTREAM_REDIS=http://localhost"),
+        ({}, {"kafka": "nowhere"}, "'nowhere' is no host:port"),
+        ({}, {"api_keys": "/nonexistent/keys.toml"}, "cannot read /nonexistent/keys.toml"),
+        ({"target": "/nonexistent/model"}, {}, "cannot read /nonexistent/model/config.json"),
+        ({"host": "192.0.2.77"}, {}, "cannot listen at 192.0.2.77"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wrong_setting_stops_the_start_with_one_line(
+    tmp_path: Path, serving: dict[str, int | str], addresses: dict[str, str], message: str
+) -> None:
+    ended = run_to_exit(environment(tmp_path, serving=serving, **addresses))
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_taken_port_stops_the_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = run_to_exit(environment(tmp_path, serving={"port": taken.getsockname()[1]}))
+    assert ended.returncode == 2
+    assert "cannot listen at 127.0.0.1" in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def lonely() -> Iterator[ServiceProcess]:
+    """A service whose stores have never been up."""
+    with tempfile.TemporaryDirectory(prefix="lonely-") as folder:
+        service = ServiceProcess(
+            Path(folder), serving={}, redis=f"redis://127.0.0.1:{free_port()}", kafka=f"127.0.0.1:{free_port()}"
+        )
+        yield service
+        if service.process.poll() is None:
+            service.stop()
+
+
+def client_of(service: ServiceProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0, timeout=120)
+
+
+def test_a_service_starts_and_serves_with_every_store_down(lonely: ServiceProcess) -> None:
+    answer = client_of(lonely).completions.create(model=MODEL, prompt="def", max_tokens=5)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 5
+
+
+def test_a_second_service_on_the_same_state_directory_is_refused(lonely: ServiceProcess) -> None:
+    ended = run_to_exit(environment(lonely.log.parent, serving={"port": free_port()}))
+    assert ended.returncode == 2
+    assert "a service runs on this state directory" in ended.stderr
+
+
+def test_the_service_and_its_proxy_listen_on_loopback_alone(lonely: ServiceProcess) -> None:
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listeners = {line[1] for line in lines if line[3] == "0A"}
+    assert f"{LOOPBACK}:{lonely.port:04X}" in listeners
+    assert not {f"00000000:{port:04X}" for port in (lonely.port, 8404, 9101, 8500, 8265)} & listeners
+
+
+def test_a_killed_replica_costs_no_request_that_was_not_streaming(lonely: ServiceProcess) -> None:
+    client = client_of(lonely)
+
+    def ask() -> str | None:
+        # Under this seed the target does not end before the limit.
+        answer = client.completions.create(model=MODEL, prompt="def", max_tokens=400, temperature=2, seed=6)
+        return answer.choices[0].finish_reason
+
+    (replica,) = (pid for pid, name in lonely.children().items() if name.startswith("ray::ServeReplica"))
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask) for _ in range(4)]
+        eventually(lambda: "requests_running 4.0" in httpx.get(f"{lonely.url}/metrics", timeout=30).text)
+        os.kill(replica, signal.SIGKILL)
+        answers += [pool.submit(ask) for _ in range(4)]
+        assert [answer.result() for answer in answers] == ["length"] * 8
+
+
+def test_a_stop_leaves_no_process_no_port_and_no_files(lonely: ServiceProcess) -> None:
+    assert lonely.children()
+    assert lonely.stop() == 0
+    eventually(lambda: not lonely.children())
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", lonely.port))
+    assert not (lonely.log.parent / "run").exists()
