@@ -21,7 +21,7 @@ def rollback(
 ) -> ServingPointer:
     """Point at an earlier version and freeze promotion in the same step; the pointer that was set.
 
-    `to_version` None means the newest version served earlier that no rollback left, and none (0) if there is no such.
+    `to_version` None means the one that the current version replaced, going past what rollbacks undid, and none (0) for the first.
     Version 0 serves without a draft. Takes a new fencing token first, so that no promoter moves the pointer meanwhile.
     Raises UnknownVersion if the history does not hold that version, or if there is no pointer yet; StalePointer or
     StaleFence if another operator was faster.
@@ -49,18 +49,30 @@ def rollback(
 
 
 def rolled_back_versions(history: Sequence[ServingPointer]) -> frozenset[int]:
-    """Versions that an operator moved away from (`history` newest first): only an operator may bring them back."""
-    return frozenset(
+    """Versions that an operator moved away from and did not bring back (`history` newest first)."""
+    left = {
         older.version
         for newer, older in pairwise(history)
         if newer.reason.startswith(REASON_PREFIX) and older.version != newer.version
-    )
+    }
+    return frozenset(left.difference(_path_to_current(history)))
 
 
 def _previous_version(history: Sequence[ServingPointer]) -> int:
-    # A second rollback goes further back instead of returning to what the first one left.
-    left = rolled_back_versions(history) | {history[0].version}
-    return next((one.version for one in history if one.version not in left), NO_VERSION)
+    path = _path_to_current(history)
+    return path[-2] if len(path) > 1 else NO_VERSION
+
+
+def _path_to_current(history: Sequence[ServingPointer]) -> list[int]:
+    """The versions that led to the current one, oldest first, without what rollbacks undid."""
+    path: list[int] = []
+    for pointer in reversed(history):
+        if pointer.reason.startswith(REASON_PREFIX) and pointer.version in path:
+            del path[path.index(pointer.version) :]
+        elif pointer.reason.startswith(REASON_PREFIX) and pointer.version == NO_VERSION:
+            path.clear()
+        path.append(pointer.version)
+    return path
 
 
 def _place_of(history: Sequence[ServingPointer], version: int) -> ServingPointer | None:

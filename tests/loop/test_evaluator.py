@@ -1,0 +1,204 @@
+"""The evaluator: what it keeps, when it looks, and that its reports let the gate tell better from equal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from slipstream.errors import StoreUnavailable
+from slipstream.learning.distillation import Student, make_batch
+from slipstream.learning.evaluator import Evaluator, Exam
+from slipstream.learning.replay import ReplayBuffer
+from slipstream.models.checkpoint import save_checkpoint
+from slipstream.models.decoder import initial_draft
+from slipstream.promoter import advance
+from slipstream.promotion import PromotionGate, decide
+from slipstream.records import encode, is_held_out
+from slipstream.stores.memory import MemoryLog, MemoryPointers, MemoryRegistry
+from slipstream.telemetry import WorkerMetrics
+from slipstream.versions import DEFAULT_DOMAIN, Lineage, ModelVersion
+from tests.observed import TARGET_DIGEST, VOCAB_SIZE, observation, of_another_target
+from workers.evaluator.worker import EvaluatorWorker
+
+DRAFT = ("draft", DEFAULT_DOMAIN)
+HELD_OUT = [name for name in (f"request-{number}" for number in range(1000)) if is_held_out(name)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr("workers.evaluator.worker._POLL_S", 0.01)
+
+
+@pytest.fixture(scope="module")
+def drafts() -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of a draft that knows nothing and of one that learned the rule."""
+    student = Student(*initial_draft(VOCAB_SIZE, seed=0), learning_rate=3e-3)
+    fresh = {name: tensor.clone() for name, tensor in student.weights.items()}
+    for step in range(40):
+        student.train_step(make_batch([observation(f"train-{step}-{row}") for row in range(4)]))
+    return {"fresh": fresh, "taught": student.weights}
+
+
+class Room:
+    """Stores, and an evaluator on them that may be started again."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.log = MemoryLog(num_partitions=2)
+        self.registry = MemoryRegistry(root / "artifacts")
+        self.pointers = MemoryPointers()
+        self.metrics = WorkerMetrics()
+        self.worker = self.start()
+
+    def start(self) -> EvaluatorWorker:
+        exam = Exam(target_digest=TARGET_DIGEST, vocab_size=VOCAB_SIZE, num_draft_tokens=3, num_recent=20)
+        evaluator = Evaluator(
+            self.registry,
+            self.pointers,
+            ReplayBuffer(self.root / "held-out", max_per_domain=50),
+            exam=exam,
+            artifact_root=self.root / "artifacts",
+            metrics=self.metrics,
+        )
+        return EvaluatorWorker(evaluator, self.log, self.pointers, metrics=self.metrics)
+
+    def send(self, names: list[str], *, domain: str = "count") -> None:
+        self.log.append([(name, encode(observation(name, domain=domain))) for name in names])
+
+    def add(self, weights: dict[str, torch.Tensor], *, parent: int = 0) -> ModelVersion:
+        """A new version, and the challenger alias at it."""
+        directory = self.root / f"staged-{parent}"
+        config, _ = initial_draft(VOCAB_SIZE, seed=0)
+        digest = save_checkpoint(directory, config, weights)
+        lineage = Lineage(target_digest=TARGET_DIGEST, parent_version=parent)
+        version = self.registry.register(*DRAFT, directory, digest=digest, lineage=lineage)
+        self.registry.set_alias(*DRAFT, "challenger", version.version)
+        return version
+
+    def serve(self, version: ModelVersion) -> None:
+        token = self.pointers.issue_fencing_token()
+        advance(self.pointers, version, after=self.pointers.read(*DRAFT), fencing_token=token, reason="test")
+
+    def run(self) -> None:
+        num_idle = 0
+        while num_idle < 2:
+            num_idle = 0 if self.worker.turn() else num_idle + 1
+
+
+def test_only_held_out_observations_of_this_target_are_kept_and_everything_is_committed(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    room.send([f"request-{number}" for number in range(100)])
+    room.log.append([("poison", b"?"), (HELD_OUT[0], encode(of_another_target(observation(HELD_OUT[0]))))])
+    room.run()
+    num_held_out = sum(is_held_out(f"request-{number}") for number in range(100))
+    assert room.metrics.consumed.labels("held_out")._value.get() == num_held_out
+    assert room.metrics.consumed.labels("skipped")._value.get() == 102 - num_held_out
+    subscription = room.log.subscribe("evaluator")
+    assert subscription.lag() == 0
+
+
+def test_held_out_observations_survive_a_restart(tmp_path: Path, drafts: dict[str, dict[str, torch.Tensor]]) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:15])
+    room.run()
+    room.worker.close()
+    room.worker = room.start()
+    version = room.add(drafts["taught"])
+    room.run()
+    report = room.registry.report(*DRAFT, version.version)
+    assert report is not None
+    assert len(report.recent) == 15
+
+
+def test_a_first_draft_is_judged_against_plain_decoding(
+    tmp_path: Path, drafts: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:12], domain="math")
+    room.send(HELD_OUT[12:26], domain="sql")
+    version = room.add(drafts["taught"])
+    room.run()
+    report = room.registry.report(*DRAFT, version.version)
+    assert report is not None
+    assert (report.champion_version, report.look, len(report.recent)) == (0, 1, 20)
+    assert [(one.domain, len(one.differences)) for one in report.domains] == [("math", 12), ("sql", 14)]
+    assert all(one.champion_acceptance_length == 1.0 for one in report.domains)
+    assert decide(PromotionGate(), report, at=0.0).verdict == "promote"
+
+
+def test_a_further_look_waits_for_four_further_held_out_requests(
+    tmp_path: Path, drafts: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:10])
+    version = room.add(drafts["taught"])
+    looks = []
+    for sent in range(10, 16):
+        room.run()
+        report = room.registry.report(*DRAFT, version.version)
+        assert report is not None
+        looks.append((report.look, len(report.recent)))
+        room.send(HELD_OUT[sent : sent + 1])
+    assert looks == [(1, 10), (1, 10), (1, 10), (1, 10), (2, 14), (2, 14)]
+
+
+def test_what_is_served_is_not_judged_and_a_new_champion_asks_for_a_new_report(
+    tmp_path: Path, drafts: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:12])
+    fresh = room.add(drafts["fresh"])
+    room.serve(fresh)
+    room.run()
+    assert room.registry.report(*DRAFT, fresh.version) is None
+    taught = room.add(drafts["taught"], parent=1)
+    room.run()
+    report = room.registry.report(*DRAFT, taught.version)
+    assert report is not None
+    assert report.champion_version == fresh.version
+    assert report.challenger_overlap > report.champion_overlap
+    other = room.add(drafts["fresh"], parent=2)
+    room.registry.set_alias(*DRAFT, "challenger", taught.version)
+    room.serve(other)
+    room.run()
+    report = room.registry.report(*DRAFT, taught.version)
+    assert report is not None
+    assert (report.champion_version, report.look) == (other.version, 2)
+
+
+def test_a_challenger_with_weights_that_are_not_finite_is_refused_once_and_never_reported(
+    tmp_path: Path, drafts: dict[str, dict[str, torch.Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:12])
+    broken = {name: torch.full_like(tensor, math.nan) for name, tensor in drafts["fresh"].items()}
+    version = room.add(broken)
+    room.run()
+    room.run()
+    assert room.registry.report(*DRAFT, version.version) is None
+    assert sum("is not judged" in record.message for record in caplog.records) == 1
+
+
+def test_an_outage_between_reading_and_committing_keeps_what_was_read(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:5])
+    room.worker.turn()
+    subscription = room.worker._subscription
+    assert subscription is not None
+    commit = subscription.commit
+
+    def fail(ends: object) -> None:
+        raise StoreUnavailable("injected outage; wait")
+
+    room.send(HELD_OUT[5:9])
+    subscription.commit = fail  # type: ignore[method-assign]
+    with pytest.raises(StoreUnavailable):
+        room.run()
+    subscription.commit = commit  # type: ignore[method-assign]
+    room.run()
+    assert subscription.lag() == 0
+    assert len(ReplayBuffer(tmp_path / "held-out", max_per_domain=50)) == 9
