@@ -21,8 +21,9 @@ def rollback(
 ) -> ServingPointer:
     """Point at an earlier version and freeze promotion in the same step; the pointer that was set.
 
-    `to_version` None means the one that the current version replaced, going past what rollbacks undid, and none (0) for the first.
-    Version 0 serves without a draft. Takes a new fencing token first, so that no promoter moves the pointer meanwhile.
+    `to_version` None means the version that the current one replaced (what rollbacks undid does not count); for the
+    first version that is 0, which serves without a draft. Takes a new fencing token first, so that no promoter moves
+    the pointer meanwhile.
     Raises UnknownVersion if the history does not hold that version, or if there is no pointer yet; StalePointer or
     StaleFence if another operator was faster.
     """
