@@ -34,9 +34,10 @@ _MAX_SOCKET_PATH_BYTES = 100
 class EmbeddedValkey:
     """A running server; `url` is what `RedisLog` and `RedisPointers` take and holds the password: never log it."""
 
-    def __init__(self, url: str, process: subprocess.Popen[bytes] | None) -> None:
+    def __init__(self, url: str, process: subprocess.Popen[bytes] | None, *, socket_dir: Path | None = None) -> None:
         self.url = url
         self._process = process
+        self._socket_dir = socket_dir
 
     @property
     def pid(self) -> int | None:
@@ -57,6 +58,8 @@ class EmbeddedValkey:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._socket_dir is not None:
+            shutil.rmtree(self._socket_dir, ignore_errors=True)
 
 
 def start_valkey(
@@ -85,7 +88,7 @@ def start_valkey(
             process.kill()
             process.wait()
             raise
-        return EmbeddedValkey(url, process)
+        return EmbeddedValkey(url, process, socket_dir=None if socket_path.parent == home else socket_path.parent)
 
 
 def server_binary() -> Path:
@@ -168,7 +171,10 @@ def _socket_path(home: Path) -> Path:
     status = short.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
         raise ConfigError(f"{short} is not a directory of ours with mode 0700; remove it and start again")
-    return short / "valkey.sock"
+    path = short / "valkey.sock"
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(f"{path} is longer than the {_MAX_SOCKET_PATH_BYTES} bytes a socket may have; shorten TMPDIR")
+    return path
 
 
 def _password(path: Path) -> str:

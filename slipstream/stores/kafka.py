@@ -150,6 +150,7 @@ class KafkaSubscription:
         with self._connected() as consumer:
             batches = consumer.poll(timeout_ms=max(1, int(timeout_s * 1000)), max_records=max_records)
             if not batches:
+                _check_reachable(self._log._bootstrap)
                 consumer.end_offsets(self._partitions(consumer), timeout_ms=_TIMEOUT_MS)
         # A record without a value is nobody's observation: the consumer sees empty bytes and skips them.
         return [
@@ -171,6 +172,7 @@ class KafkaSubscription:
     def lag(self) -> int:
         """See `Subscription.lag`."""
         with self._connected() as consumer:
+            _check_reachable(self._log._bootstrap)
             partitions = self._partitions(consumer)
             ends = consumer.end_offsets(partitions, timeout_ms=_TIMEOUT_MS)
             starts = consumer.beginning_offsets(partitions)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import time
@@ -287,13 +288,14 @@ def _read_lineages(path: Path) -> dict[int, Lineage]:
 def _metrics(report: EvaluationReport) -> list[Metric]:
     """The figures of a report that the dashboard draws over versions; `overlap` is a mean probability mass."""
     mean, lower = lower_bound(report.recent, error_rate=0.05)
-    figures = {"gain": mean, "overlap": report.challenger_overlap, "champion_overlap": report.champion_overlap}
-    if len(report.recent) >= 2:
-        figures["gain_lower_bound"] = lower
+    figures = {"gain": mean, "gain_lower_bound": lower}
+    figures |= {"overlap": report.challenger_overlap, "champion_overlap": report.champion_overlap}
     for one in report.domains:
         domain = re.sub(r"[^A-Za-z0-9._-]", "_", one.domain)[:64]
         figures[f"acceptance_length/{domain}"] = one.challenger_acceptance_length
         figures[f"champion_acceptance_length/{domain}"] = one.champion_acceptance_length
         figures[f"acceptance_rate/{domain}"] = one.challenger_acceptance_rate
     now_ms = int(time.time() * 1000)
-    return [Metric(name, value, now_ms, report.challenger_version) for name, value in figures.items()]
+    # The bound of a single request is infinite, and JSON, which carries metrics, knows no infinity.
+    drawn = {name: value for name, value in figures.items() if math.isfinite(value)}
+    return [Metric(name, value, now_ms, report.challenger_version) for name, value in drawn.items()]

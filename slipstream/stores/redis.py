@@ -165,6 +165,8 @@ class RedisSubscription:
     def _create_group(self) -> None:
         try:
             self._client.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+            # A fresh group, perhaps of a server that lost its data and counts from 1 again.
+            self._delivered.clear()
         except redis.exceptions.ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise
@@ -221,7 +223,7 @@ _Record = TypeVar("_Record")
 
 
 class RedisPointers:
-    """A `PointerStore` on Redis; records are kept as msgpack: JSON has no infinity, which bounds of decisions can be."""
+    """A `PointerStore` on Redis; records are kept as msgpack, since a decision's bound can be infinite."""
 
     def __init__(
         self,
