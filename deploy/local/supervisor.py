@@ -1,6 +1,6 @@
 """`make up`: every process of the loop on one machine, supervised. `python -m deploy.local.supervisor [--state DIR]`.
 
-Order: Valkey (unless SLIPSTREAM_REDIS names a server), the target until it is ready, the registry's tables, the workers
+Order: Valkey (unless SLIPSTREAM_REDIS names a server), the target until it is ready, the workers
 and the promoter, and last MLflow's pages (unless SLIPSTREAM_MLFLOW names a server). What ends by itself is started
 again with a growing pause; a process that refuses its configuration (exit code 2) stops everything. Ctrl-C or SIGTERM
 stops in the opposite order and leaves nothing behind. One supervisor a state directory.
@@ -25,22 +25,21 @@ import msgspec
 
 from deploy.local.processes import MARK, Child, end_marked, free_port
 from slipstream.config import Config, Settings, load_config
-from slipstream.errors import ConfigError, SlipstreamError, StoreUnavailable
+from slipstream.errors import ConfigError, SlipstreamError, StoreError, StoreUnavailable
 from slipstream.stores.embedded import EmbeddedValkey, start_valkey
+from slipstream.stores.opening import open_pointers
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDPOINTS = "endpoints.json"
 MLFLOW_PORT = 5000
 READY_TIMEOUT_S = 120.0
+WORKERS_TIMEOUT_S = 40.0
 STOP_TIMEOUT_S = 20.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S, STEADY_S = 1.0, 30.0, 60.0
 _TICK_S = 0.1
 _CONFIG_EXIT_CODE = 2
-_WORKER_NICENESS = 10
-_MAKE_TABLES = (
-    "from slipstream.config import load_config; from slipstream.stores.opening import open_registry; "
-    "open_registry(load_config()).versions('draft', 'default')"
-)
+_PAGES_NICENESS = 15
+_WORKERS = ("workers.distiller", "workers.evaluator", "services.promoter")
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +101,6 @@ class Supervisor:
         self._is_stopping = True
 
     def _start_all(self) -> None:
-        addresses = self._settings.addresses
         with self._timed("valkey"):
             self._start_valkey()
         self._environment["SLIPSTREAM_CONFIG"] = str(self._write_config())
@@ -113,11 +111,11 @@ class Supervisor:
         self._is_ready = True
         self._write_endpoints()
         say(f"    API      {self._api_url()}/v1     metrics  {self._api_url()}/metrics")
-        if addresses.mlflow is None:
-            self._make_registry_tables()
-        for name in ("workers.distiller", "workers.evaluator", "services.promoter"):
-            self._start(name.partition(".")[2], "-m", name, niceness=_WORKER_NICENESS)
-        self._show_mlflow(addresses.mlflow)
+        with self._timed("workers"):
+            for name in _WORKERS:  # they lower their own priority once they have loaded
+                self._start(name.partition(".")[2], "-m", name)
+            self._wait_for_workers()
+        self._show_mlflow(self._settings.addresses.mlflow)
         self._write_endpoints()
 
     def _start_valkey(self) -> None:
@@ -126,14 +124,20 @@ class Supervisor:
             self._valkey = start_valkey(self._state / "valkey")
         self._environment["SLIPSTREAM_REDIS"] = named or (self._valkey.url if self._valkey else "")
 
-    def _make_registry_tables(self) -> None:
-        """MLflow's first users would race to create its tables: one process does it before they start."""
-        with self._timed("registry"):
-            maker = self._child("registry", "-c", _MAKE_TABLES)
-            maker.start(directory=ROOT)
-            self._wait_for(lambda: maker.exit_code() is not None, timeout_s=READY_TIMEOUT_S)
-            if maker.exit_code() != 0:
-                raise StoreUnavailable(f"cannot make the registry: {maker.last_line()}; see {maker.log}")
+    def _wait_for_workers(self) -> None:
+        """Let the workers load before MLflow's pages take their share of the cores; goes on without a late one."""
+        addresses = msgspec.structs.replace(self._settings.addresses, redis=self._environment["SLIPSTREAM_REDIS"])
+        pointers = open_pointers(msgspec.structs.replace(self._settings, addresses=addresses))
+        deadline = time.monotonic() + WORKERS_TIMEOUT_S
+
+        def have_reported() -> bool:
+            try:
+                return len(pointers.workers()) >= len(_WORKERS) or time.monotonic() > deadline
+            except StoreError:
+                return time.monotonic() > deadline
+
+        self._wait_for(have_reported, timeout_s=READY_TIMEOUT_S)
+        pointers.close()
 
     def _show_mlflow(self, named: str | None) -> None:
         if named is not None:
@@ -145,7 +149,7 @@ class Supervisor:
             stores = ("--backend-store-uri", f"sqlite:///{self._state / 'mlflow.db'}")
             artifacts = ("--default-artifact-root", str(self._state / "artifacts"), "--no-serve-artifacts")
             command = ("-m", "mlflow", "server", *arguments, *stores, *artifacts)
-            self._start("mlflow", *command, niceness=_WORKER_NICENESS)
+            self._start("mlflow", *command, niceness=_PAGES_NICENESS)
             self._wait_for(self._answers(f"{url}/health"), timeout_s=READY_TIMEOUT_S)
         self._mlflow_url = url
         say(f"    MLflow   {url}")

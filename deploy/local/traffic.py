@@ -88,13 +88,23 @@ async def send_stream(
     *,
     domain: str,
     concurrency: int,
+    queries_per_s: float,
     is_over: Callable[[], bool],
     on_outcome: Callable[[Outcome], None],
 ) -> None:
-    """Keep `concurrency` requests in flight until `is_over` or the queries run out; all are answered on return."""
+    """Send until `is_over` or the queries run out; all are answered on return.
+
+    At most `concurrency` are in flight, and at most `queries_per_s` start: a service is not always asked for all it
+    can give, and on two cores the workers live on what it leaves.
+    """
+    next_start = time.monotonic()
 
     async def sender() -> None:
+        nonlocal next_start
         for query in queries:  # one iterator for all senders: each query goes out once
+            my_start = max(next_start, time.monotonic())
+            next_start = my_start + 1 / queries_per_s
+            await asyncio.sleep(my_start - time.monotonic())
             on_outcome(await client.ask(query, domain=domain))
             if is_over():
                 return
