@@ -140,7 +140,9 @@ class Distiller:
         for kept in self._buffer.kept():
             self._resume_from(kept)
         versions = self._registry.versions(ROLE, self._curriculum.domain)
-        self._versioned_ids = {name for version in versions for name in self._ids_of(version)}
+        self._versioned_ids = {
+            name for version in versions if version.lineage.offsets for name in self._ids_of(version)
+        }
         self._steps_owed = len(self._pending) * self._steps_per_observation()
         newest_trained = max(ours, default=NO_VERSION)
         self._restore_student(newest_trained, versions)
