@@ -143,6 +143,7 @@ def decode_observation(data: bytes) -> Observation:
     observation: Observation = _decode(_observation_decoder, data)
     num_tokens = len(observation.output_ids) // 4
     expected = {
+        "prompt_ids": len(observation.prompt_ids) // 4 * 4,
         "output_ids": 4 * num_tokens,
         "output_logprobs": 4 * num_tokens,
         "top_ids": 4 * num_tokens * observation.top_n,
@@ -154,19 +155,33 @@ def decode_observation(data: bytes) -> Observation:
                 f"observation {observation.request_id!r}: {field} has {len(getattr(observation, field))} bytes, "
                 f"expected {num_bytes} for {num_tokens} output tokens; the record is damaged and is skipped"
             )
+    if observation.routing is not None:
+        _check_trace(observation.routing, num_tokens=num_tokens)
     return observation
 
 
 def decode_routing_trace(data: bytes) -> RoutingTrace:
     """The routing trace in `data`; raises RecordError like `decode_observation`."""
     trace: RoutingTrace = _decode(_routing_decoder, data)
+    _check_trace(trace, num_tokens=None)
     return trace
+
+
+def _check_trace(trace: RoutingTrace, *, num_tokens: int | None) -> None:
+    """Raise RecordError unless the ids are whole rows, one for each of `num_tokens` (None: any number)."""
+    row_bytes = 2 * trace.num_layers * trace.experts_per_token
+    num_bytes = len(trace.expert_ids)
+    if row_bytes <= 0 or num_bytes % row_bytes or num_tokens not in (None, num_bytes // row_bytes):
+        raise RecordError(
+            f"routing trace: expert_ids has {num_bytes} bytes, expected {num_tokens or 'a whole number of'} rows of "
+            f"{row_bytes} bytes; the record is damaged and is skipped"
+        )
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
     try:
         record = decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"{len(data)} bytes are no record: {error}; the record is skipped") from error
     if record.schema_version > SCHEMA_VERSION:
         raise RecordError(

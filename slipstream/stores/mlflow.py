@@ -125,7 +125,7 @@ class MlflowRegistry:
             return msgspec.msgpack.decode(path.read_bytes(), type=EvaluationReport)
         except FileNotFoundError:
             return None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise StoreError(f"{path} is no evaluation report: {error}; another program wrote it") from error
 
     def prune(self, role: Role, domain: str, *, keep: int, protected: frozenset[int] = frozenset()) -> list[int]:
@@ -235,11 +235,11 @@ class MlflowRegistry:
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         """Errors of the client as errors of ours."""
-        place = re.sub(r"//[^@/]*@", "//***@", self._tracking_uri)
         try:
             yield
         except MlflowException as error:
-            text = f"mlflow at {place}: {str(error).splitlines()[0]}"
+            first_line = next(iter(str(error).splitlines()), "no reason given")
+            text = re.sub(r"//\S*@", "//***@", f"mlflow at {self._tracking_uri}: {first_line}")
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 raise _Missing(text) from error
             if error.error_code in _REFUSALS:

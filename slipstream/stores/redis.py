@@ -423,5 +423,5 @@ def _batches(records: Sequence[tuple[str, bytes]]) -> Iterator[list[tuple[str, b
 def _decoded(data: bytes, kind: type[_Record]) -> _Record:
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StoreError(f"redis holds no {kind.__name__}: {error}; another program wrote to our keys") from error
