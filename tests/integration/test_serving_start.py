@@ -86,8 +86,8 @@ def test_the_service_and_its_proxy_listen_on_loopback_alone(lonely: ServiceProce
     assert not {f"00000000:{port:04X}" for port in (lonely.port, 8404, 9101, 8500, 8265)} & listeners
 
 
-def test_a_killed_replica_costs_no_request_that_was_not_streaming(lonely: ServiceProcess) -> None:
-    client = client_of(lonely)
+def test_a_killed_replica_costs_a_client_that_retries_nothing(lonely: ServiceProcess) -> None:
+    client = client_of(lonely).with_options(max_retries=2)  # the default of the official client
 
     def ask() -> str | None:
         # Under this seed the target does not end before the limit.
