@@ -190,7 +190,8 @@ def _expected(schemes: tuple[str, ...]) -> str:
 
 
 def _redacted(url: str) -> str:
-    return re.sub(r"//[^@/]*@", "//***@", url)
+    # Greedy, up to the last @: a password may hold a slash or an @, which is then just what is wrong with the URL.
+    return re.sub(r"password=[^&]*", "password=***", re.sub(r"//.*@", "//***@", url))
 
 
 LogKind = Literal["redis", "kafka"]
