@@ -35,7 +35,10 @@ class Subscription(Protocol):
         """Up to `max_records` further entries, in offset order per partition; empty after `timeout_s` without one."""
 
     def commit(self, ends: Mapping[int, int]) -> None:
-        """Durably mark everything below `ends[partition]` as processed; partitions left out stay as they are."""
+        """Durably mark everything below `ends[partition]` as processed; partitions left out stay as they are.
+
+        Where members share a partition entry by entry (Redis), another member's deliveries stay that member's.
+        """
 
     def lag(self) -> int:
         """Records in the log that this group has not committed."""
@@ -71,7 +74,8 @@ class ModelRegistry(Protocol):
         """A new version, one above the highest ever given, holding a copy of `artifact_dir` (flat, regular files).
 
         Idempotent: if a version of the same role and domain with the same digest and lineage exists, that one is
-        returned.
+        returned. Raises ArtifactRejected if the directory is empty or holds links or directories, ValueError for a
+        domain that cannot be part of a path.
         """
 
     def get(self, role: Role, domain: str, version: int) -> ModelVersion:
@@ -129,7 +133,8 @@ class PointerStore(Protocol):
         `pointer.generation` must be `expected_generation + 1` (ValueError else); `expected_generation` 0 means that
         none was ever set. Raises StaleFence if the token is older than the newest issued, StalePointer if the
         generation is not the expected one, PromotionFrozen if promotion is frozen and `is_operator` is False. An
-        operator's move freezes promotion in the same step.
+        operator's move freezes promotion in the same step. Repeating the move that is already the current pointer
+        succeeds and changes nothing: the reply to the first try may have been lost.
         """
 
     def history(self, role: Role, domain: str, *, limit: int) -> list[ServingPointer]:
@@ -145,7 +150,7 @@ class PointerStore(Protocol):
         """Why promotion is frozen, or None if it is not."""
 
     def wait_for_move(self, *, timeout_s: float) -> bool:
-        """Return True early if any pointer was announced since the last call of this object, else False.
+        """Return True early if any pointer was announced since this thread's last call on this object, else False.
 
         A hint only: announcements can be lost, so callers also poll `read`. Raises nothing during an outage: it
         then waits out the time and returns False.
