@@ -23,9 +23,18 @@ import msgspec
 
 from deploy.local import verdict
 from deploy.local.demo_screen import ALL_SENT, Screen, StreamRow, draw
-from deploy.local.processes import Child, Listener, all_listeners, is_loopback, listeners, marked_processes, wait_until
+from deploy.local.processes import (
+    Child,
+    Listener,
+    all_listeners,
+    is_loopback,
+    listeners,
+    marked_processes,
+    unix_peer,
+    wait_until,
+)
 from deploy.local.queries import Query, builtin_streams, file_streams
-from deploy.local.supervisor import READY_TIMEOUT_S, ROOT, Endpoints, read_endpoints
+from deploy.local.supervisor import READY_TIMEOUT_S, ROOT, Endpoints, embedded_socket, read_endpoints
 from deploy.local.traffic import Client, Outcome, connected, measure_speed, send_stream
 from deploy.local.watch import Watch, between
 from slipstream.acceptance import acceptance_rate
@@ -61,6 +70,7 @@ class Demo:
     def __init__(self, settings: Settings, streams: list[tuple[str, Iterator[Query]]], *, began_at: float) -> None:
         self._settings = settings
         self._began_at = began_at
+        self._redis_url = ""
         self._streams = streams
         self.rows = [StreamRow(number, domain) for number, (domain, _) in enumerate(streams, start=1)]
         self.screen = Screen(self.rows)
@@ -109,6 +119,7 @@ class Demo:
         return endpoints
 
     async def _converse(self, endpoints: Endpoints) -> None:
+        self._redis_url = endpoints.redis_url
         addresses = msgspec.structs.replace(self._settings.addresses, redis=endpoints.redis_url)
         self._settings = msgspec.structs.replace(self._settings, addresses=addresses)
         pointers = open_pointers(self._settings)
@@ -227,6 +238,8 @@ class Demo:
         self._supervisor.ask_to_stop()
         self._supervisor.stop(timeout_s=STOP_TIMEOUT_S)
         processes = marked_processes(self._settings.state_dir)
+        valkey = "" if os.environ.get("SLIPSTREAM_REDIS") else embedded_socket(self._redis_url)
+        processes += [pid] if valkey and (pid := unix_peer(valkey)) else []
         open_ports = ports & all_listeners()
         outside = sorted(one.port for one in ports if not is_loopback(one.address))
         if processes or open_ports:

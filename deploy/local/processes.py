@@ -2,7 +2,8 @@
 
 Every process that a supervisor starts, and every process those start, inherits two environment variables: MARK with
 the supervisor's state directory and PART with the name of the part. On Linux that finds them all, however they were
-re-parented (Ray's detach themselves). Elsewhere only the process groups are known.
+re-parented (Ray's detach themselves). Elsewhere only the process groups are known. A Valkey overwrites its environment
+with its title; its socket tells who it is (`unix_peer`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -167,6 +169,23 @@ def _signal_all(pids: Iterable[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
+
+
+def unix_peer(path: str) -> int | None:
+    """The process that listens on a unix socket; None if nobody does, or where the system does not say."""
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError, AttributeError):
+        probe.settimeout(1.0)
+        probe.connect(path)
+        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", credentials)[0])
+    return None
+
+
+def end_unix_peer(path: str, *, timeout_s: float) -> None:
+    """End the process that listens on a unix socket, if there is one, and wait until nobody does."""
+    if pid := unix_peer(path):
+        _signal_all([pid], signal.SIGTERM)
+        wait_until(lambda: unix_peer(path) is None, timeout_s=timeout_s)
 
 
 def listeners(pids: Iterable[int]) -> set[Listener]:

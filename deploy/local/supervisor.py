@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 import msgspec
 
-from deploy.local.processes import MARK, Child, end_marked, free_port
+from deploy.local.processes import MARK, Child, end_marked, end_unix_peer, free_port
 from slipstream.config import Config, Settings, load_config
 from slipstream.errors import ConfigError, SlipstreamError, StoreError, StoreUnavailable
 from slipstream.stores.embedded import EmbeddedValkey, start_valkey
@@ -214,6 +215,7 @@ class Supervisor:
                     say(f"{child.name} did not stop in {STOP_TIMEOUT_S:.0f} s and was killed")
         if self._valkey is not None:
             self._valkey.stop()
+            end_unix_peer(embedded_socket(self._valkey.url), timeout_s=5.0)  # one that an earlier run had left
         for command in end_marked(self._state, timeout_s=5.0):
             say(f"ended a leftover: {command}")
         (self._state / ENDPOINTS).unlink(missing_ok=True)
@@ -278,6 +280,12 @@ def read_endpoints(state_dir: Path) -> Endpoints | None:
         return msgspec.json.decode((state_dir / ENDPOINTS).read_bytes(), type=Endpoints)
     except (OSError, msgspec.MsgspecError):
         return None
+
+
+def embedded_socket(redis_url: str) -> str:
+    """The path in a `unix://:password@/path` URL, "" for a server that is reached otherwise."""
+    parts = urlsplit(redis_url)
+    return parts.path if parts.scheme == "unix" else ""
 
 
 def to_toml(config: Config) -> str:
