@@ -118,12 +118,16 @@ def _from_hugging_face(fields: dict[str, Any]) -> ModelConfig:
 
 
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a `config.json` that any Llama loader reads; only drafts (family `llama`) are written."""
-    if config.family != "llama":
-        raise ValueError(f"family is {config.family!r}; only 'llama' drafts are written")
+    """The fields of a `config.json` that any loader of the family reads.
+
+    Written are drafts (`llama`) and reference targets (`qwen3_moe`); ValueError for another family.
+    """
+    if config.family not in ("llama", "qwen3_moe"):
+        raise ValueError(f"family is {config.family!r}; only 'llama' and 'qwen3_moe' are written")
+    architecture = next(name for name, family in _ARCHITECTURES.items() if family == config.family)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -139,6 +143,17 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "eos_token_id": list(config.eos_token_ids) or None,
+    } | (_moe_fields(config) if config.family == "qwen3_moe" else {})
+
+
+def _moe_fields(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "moe_intermediate_size": config.intermediate_size,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "norm_topk_prob": config.normalizes_expert_weights,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     }
 
 
