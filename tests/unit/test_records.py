@@ -126,10 +126,11 @@ def test_packed_arrays_come_back_as_they_went(ids: list[int], bits: int) -> None
     assert unpack_floats(pack_floats(floats, bits=bits), bits=bits).tolist() == floats
 
 
-@pytest.mark.parametrize("num_bytes", range(len(encode(OBSERVATION))))
-def test_every_truncation_is_a_record_error(num_bytes: int) -> None:
-    with pytest.raises(RecordError):
-        decode_observation(encode(OBSERVATION)[:num_bytes])
+def test_every_truncation_is_a_record_error() -> None:
+    whole = encode(OBSERVATION)
+    for num_bytes in range(len(whole)):
+        with pytest.raises(RecordError):
+            decode_observation(whole[:num_bytes])
 
 
 @settings(max_examples=500)
