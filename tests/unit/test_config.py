@@ -200,7 +200,7 @@ def test_tenants_are_read_by_name(tmp_path: Path) -> None:
         ("[tenants]\n", "no tenants"),
         ('[tenants.acme]\nkey_sha256 = "plain-key"\n', "key_sha256"),
         ("[tenants.acme]\ntrain = true\n", "key_sha256"),
-        (f'[tenants.acme]\nkey_sha256 = "{"0" * 64}"\ntrian = false\n', "trian"),
+        (f'[tenants.acme]\nkey_sha256 = "{"0" * 64}"\ntarin = false\n', "tarin"),
     ],
 )
 def test_a_broken_file_of_tenants_stops_the_start(tmp_path: Path, text: str, named: str) -> None:
