@@ -189,7 +189,12 @@ def _plan(request: RunRequest, tokenizer: Tokenizer, corpus: Corpus, *, device: 
         num_steps = max(1, round(60 * request.minutes / _step_s(draft, corpus, device=device)))
     else:
         num_steps = math.ceil(NUM_TOKENS / _mean_batch_tokens(draft, corpus))
-    return msgspec.structs.replace(draft, num_steps=num_steps, num_all_text_steps=round(ALL_TEXT_SHARE * num_steps))
+    return msgspec.structs.replace(
+        draft,
+        num_steps=num_steps,
+        num_all_text_steps=round(ALL_TEXT_SHARE * num_steps),
+        num_warm_up_steps=min(size.num_warm_up_steps, max(1, num_steps // 10)),
+    )
 
 
 def _mean_batch_tokens(plan: Plan, corpus: Corpus) -> float:
