@@ -139,7 +139,9 @@ class Demo:
         domain, queries = self._streams[0]
         text = await client.first_token(next(queries))
         seconds = time.monotonic() - self._began_at
-        self.screen.say(f"first token {text!r} after {seconds:.1f} s; no draft yet: the first is born from {domain}")
+        initial = self._settings.config.serving.initial_draft
+        start = f"starting from {initial}" if initial else f"no draft yet: the first is born from {domain}"
+        self.screen.say(f"first token {text!r} after {seconds:.1f} s; {start}")
 
     async def _send_all(self, client: Client, watch: Watch) -> None:
         looking = asyncio.create_task(self._look(watch))

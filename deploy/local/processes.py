@@ -230,7 +230,7 @@ def _socket_inodes(pid: int) -> set[str]:
 
 
 def free_port(preferred: int) -> int:
-    """`preferred` if nobody listens there on loopback, else a port that the system picks."""
+    """`preferred` if nobody listens there on loopback, else (or for 0) a port that the system picks."""
     for port in (preferred, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

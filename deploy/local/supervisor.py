@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -114,7 +114,7 @@ class Supervisor:
         say(f"    API      {self._api_url()}/v1     metrics  {self._api_url()}/metrics")
         with self._timed("workers"):
             for name in _WORKERS:  # they lower their own priority once they have loaded
-                self._start(name.partition(".")[2], "-m", name)
+                self._start_worker(name)
             self._wait_for_workers()
         self._show_mlflow(self._settings.addresses.mlflow)
         self._write_endpoints()
@@ -124,6 +124,13 @@ class Supervisor:
         if named is None:
             self._valkey = start_valkey(self._state / "valkey")
         self._environment["SLIPSTREAM_REDIS"] = named or (self._valkey.url if self._valkey else "")
+
+    def _start_worker(self, module: str) -> None:
+        """Each serves its metrics on a port of its own."""
+        name = module.partition(".")[2]
+        address = f"127.0.0.1:{free_port(0)}"
+        self._start(name, "-m", module, extra={"SLIPSTREAM_METRICS": address})
+        say(f"    metrics  http://{address}/metrics  ({name})")
 
     def _wait_for_workers(self) -> None:
         """Let the workers load before MLflow's pages take their share of the cores; goes on without a late one."""
@@ -155,13 +162,13 @@ class Supervisor:
         self._mlflow_url = url
         say(f"    MLflow   {url}")
 
-    def _child(self, name: str, *arguments: str, niceness: int = 0) -> Child:
+    def _child(self, name: str, arguments: Sequence[str], *, niceness: int, extra: Mapping[str, str]) -> Child:
         log = self._state / "logs" / f"{name}.log"
-        environment = self._environment | _PROCESS_ENVIRONMENT
+        environment = {**self._environment, **_PROCESS_ENVIRONMENT, **extra}
         return Child(name, (sys.executable, *arguments), environment=environment, log=log, niceness=niceness)
 
-    def _start(self, name: str, *arguments: str, niceness: int = 0) -> None:
-        child = self._child(name, *arguments, niceness=niceness)
+    def _start(self, name: str, *arguments: str, niceness: int = 0, extra: Mapping[str, str] | None = None) -> None:
+        child = self._child(name, arguments, niceness=niceness, extra=extra or {})
         child.start(directory=ROOT)
         self._children.append(child)
 
