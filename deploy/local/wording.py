@@ -10,7 +10,7 @@ def _words(text: str) -> tuple[str, ...]:
 FIRST_NAMES = _words(
     """
     Alba Amir Anya Arlo Bianca Bruno Carla Cedric Chen Clara Dalia Dmitri Edith Elias Emeka Esther Farah Felix Gita
-    Greta Hamid Hanna Hugo Ines Isaac Ivy Jamal Jonas Jun Kayla Kofi Lara Leon Lina Luca Mabel Mateo Maya Milo Nadia
+    Greta Hamid Hanna Hugo Irma Isaac Ivy Jamal Jonas Jun Kayla Kofi Lara Leon Lina Luca Mabel Mateo Maya Milo Nadia
     Nils Nora Omar Oscar Petra Priya Quinn Rafael Rosa Ruben Sana Selma Simon Tara Theo Tom Uma Vera Victor Wanda
     Xavier Yara Yusuf Zoe
     """
