@@ -94,6 +94,8 @@ class Demo:
             ports = self._open_ports()
         except (Failed, SlipstreamError, httpx.HTTPError) as error:
             self.reasons.append(f"{type(error).__name__}: {error}; logs: {self._settings.state_dir / 'logs'}")
+        except KeyboardInterrupt:
+            self.reasons.append("interrupted")
         finally:
             ports |= self._open_ports()
             self._stop(ports)
