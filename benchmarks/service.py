@@ -24,7 +24,9 @@ STOP_TIMEOUT_S = 60.0
 
 
 @contextmanager
-def running_service(state: Path, config: Config, *, kafka: str | None) -> Iterator[tuple[Endpoints, Settings]]:
+def running_service(
+    state: Path, config: Config, *, kafka: str | None = None, mlflow: str | None = None
+) -> Iterator[tuple[Endpoints, Settings]]:
     """Start everything with this config, yield when it is ready, stop everything; StoreUnavailable if it fails."""
     state.mkdir(parents=True, exist_ok=True)
     (state / "benchmark.toml").write_text(to_toml(config), encoding="utf-8")
@@ -33,7 +35,7 @@ def running_service(state: Path, config: Config, *, kafka: str | None) -> Iterat
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "deploy.local.supervisor"],
         cwd=ROOT,
-        env=_with(environment, kafka),
+        env=_with(environment, {"SLIPSTREAM_KAFKA": kafka, "SLIPSTREAM_MLFLOW": mlflow}),
         stdout=log,
         stderr=subprocess.STDOUT,
     )
@@ -41,7 +43,7 @@ def running_service(state: Path, config: Config, *, kafka: str | None) -> Iterat
         wait_until(lambda: _is_ready(state, supervisor), timeout_s=START_TIMEOUT_S, what="the service to be ready")
         endpoints = read_endpoints(state)
         assert endpoints is not None
-        addresses = Addresses(redis=endpoints.redis_url, kafka=kafka)
+        addresses = Addresses(redis=endpoints.redis_url, kafka=kafka, mlflow=mlflow)
         yield endpoints, Settings(config=config, addresses=addresses, state_dir=state)
     finally:
         supervisor.send_signal(signal.SIGTERM)
@@ -70,11 +72,11 @@ def _is_ready(state: Path, supervisor: subprocess.Popen[bytes]) -> bool:
     return endpoints is not None and endpoints.is_ready
 
 
-def _with(environment: Mapping[str, str], kafka: str | None) -> dict[str, str]:
+def _with(environment: Mapping[str, str], stores: Mapping[str, str | None]) -> dict[str, str]:
     # Addresses of the caller's shell must not reach a benchmark that brings its own stores.
-    own = ("SLIPSTREAM_REDIS", "SLIPSTREAM_KAFKA", "SLIPSTREAM_MLFLOW", "SLIPSTREAM_API_KEYS")
+    own = {"SLIPSTREAM_REDIS", "SLIPSTREAM_API_KEYS", *stores}
     kept = {name: value for name, value in environment.items() if name not in own}
-    return kept | ({"SLIPSTREAM_KAFKA": kafka} if kafka else {})
+    return kept | {name: value for name, value in stores.items() if value}
 
 
 def with_serving(config: Config, **changes: object) -> Config:

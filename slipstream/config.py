@@ -43,7 +43,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_queued_requests: PositiveInt = 64
     max_step_tokens: PositiveInt = 512
     max_context_tokens: PositiveInt = 1024
-    num_draft_tokens: Annotated[int, msgspec.Meta(ge=0, le=16)] = 4
+    num_draft_tokens: Annotated[int, msgspec.Meta(ge=0, le=16)] = 2
     pointer_poll_s: PositiveFloat = 2.0
 
 

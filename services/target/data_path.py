@@ -37,9 +37,10 @@ def data_path_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str
         # another one (generation may be repeated), or waits at Serve's own proxy until one is there. What was caught
         # between the two gets a 503 with Retry-After.
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure",
         "RAY_SERVE_HAPROXY_RETRIES": "3",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "30",
+        # A change of replicas starts a new HAProxy; the old one lives until its last answer is out.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
     }

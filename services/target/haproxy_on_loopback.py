@@ -20,6 +20,16 @@ _UNWANTED = ("frontend prometheus", "listen stats")
 _DROP_BAD_REQUEST_ID = (
     "http-request del-header x-request-id unless { req.hdr(x-request-id) -m reg ^[A-Za-z0-9._-]{1,64}$ }"
 )
+_ONE_REQUEST_A_CONNECTION = ("option httpclose", "http-reuse never")
+"""On a connection used before, HAProxy answers a server's death by closing without a word, so that the client repeats."""
+
+_ANSWER_BEFORE_CLOSING = "option idle-close-on-response"
+"""A change of replicas reloads HAProxy; without this, a request may arrive on a connection that is being closed."""
+
+_NO_PLAIN_TEXT_ERRORS = "http-response return status 503 content-type application/json file {body} hdr retry-after 1"
+_FROM_SERVE_ITSELF = "if { status 500 } { res.hdr(content-type) -m beg text/plain }"
+"""Serve's own proxy says no more than `Internal Server Error` for a replica that just died; replicas speak JSON."""
+
 _UNAVAILABLE = (
     b'{"error":{"message":"the replica that ran this request is gone and another one starts; send it again",'
     b'"type":"server_error","param":null,"code":"replica_lost"}}'
@@ -46,8 +56,17 @@ def _closed_line(line: str, error_page: str) -> str:
     if words[:1] == ["errorfile"]:
         return f"    errorfile {words[1]} {error_page}"
     if words[:1] == ["bind"]:
-        return f"{line}\n    {_DROP_BAD_REQUEST_ID}"
+        return "\n    ".join((line, _DROP_BAD_REQUEST_ID, _openai_errors(error_page)))
+    if words == ["defaults"]:
+        return "\n    ".join((line, *_ONE_REQUEST_A_CONNECTION, _ANSWER_BEFORE_CLOSING))
+    if words[:1] == ["http-reuse"]:
+        return ""
     return line.replace(" mode 666 ", " mode 600 ")
+
+
+def _openai_errors(error_page: str) -> str:
+    body = Path(error_page).with_suffix(".json")
+    return f"{_NO_PLAIN_TEXT_ERRORS.format(body=body)} {_FROM_SERVE_ITSELF}"
 
 
 def unavailable_page() -> bytes:
@@ -63,6 +82,7 @@ def main(arguments: list[str]) -> None:
         config = Path(rest[rest.index("-f") + 1])
         page = config.with_name("unavailable.http")
         page.write_bytes(unavailable_page())
+        page.with_suffix(".json").write_bytes(_UNAVAILABLE)
         config.write_text(closed(config.read_text(encoding="utf-8"), str(page)), encoding="utf-8")
     # The process that Ray runs HAProxy under may be killed: HAProxy must not outlive it and keep the port.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
