@@ -20,8 +20,8 @@ _UNWANTED = ("frontend prometheus", "listen stats")
 _DROP_BAD_REQUEST_ID = (
     "http-request del-header x-request-id unless { req.hdr(x-request-id) -m reg ^[A-Za-z0-9._-]{1,64}$ }"
 )
-_ONE_REQUEST_A_CONNECTION = ("option httpclose", "http-reuse never")
-"""On a connection used before, HAProxy answers a server's death by closing without a word, so that the client repeats."""
+_CLOSE_TO_CLIENTS, _NEVER_REUSE = "option httpclose", "    http-reuse never"
+"""On a reused connection HAProxy answers a server's death by closing without a word, so that the client asks again."""
 
 _ANSWER_BEFORE_CLOSING = "option idle-close-on-response"
 """A change of replicas reloads HAProxy; without this, a request may arrive on a connection that is being closed."""
@@ -58,9 +58,9 @@ def _closed_line(line: str, error_page: str) -> str:
     if words[:1] == ["bind"]:
         return "\n    ".join((line, _DROP_BAD_REQUEST_ID, _openai_errors(error_page)))
     if words == ["defaults"]:
-        return "\n    ".join((line, *_ONE_REQUEST_A_CONNECTION, _ANSWER_BEFORE_CLOSING))
+        return "\n    ".join((line, _CLOSE_TO_CLIENTS, _ANSWER_BEFORE_CLOSING))
     if words[:1] == ["http-reuse"]:
-        return ""
+        return _NEVER_REUSE
     return line.replace(" mode 666 ", " mode 600 ")
 
 

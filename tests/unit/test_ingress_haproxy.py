@@ -20,6 +20,7 @@ frontend http_frontend
     # comment
     default_backend default_backend
 backend default_backend
+    http-reuse always
     http-request return status 404
 listen stats
   bind *:8404
@@ -42,6 +43,12 @@ def test_a_dead_replica_is_answered_in_openai_shape() -> None:
     assert "errorfile 502 /run/page" in closed(RAYS, "/run/page")
     head, body = unavailable_page().split(b"\r\n\r\n")
     assert f"content-length: {len(body)}".encode() in head
+
+
+def test_no_connection_to_a_replica_is_used_twice() -> None:
+    lines = [line.strip() for line in closed(RAYS, "/run/page").splitlines()]
+    assert "option httpclose" in lines
+    assert [line for line in lines if line.startswith("http-reuse")] == ["http-reuse never"]
 
 
 def test_closing_twice_changes_only_the_doubled_rule() -> None:
