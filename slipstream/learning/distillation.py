@@ -24,7 +24,7 @@ from torch.nn import functional
 from slipstream.errors import CheckpointError
 from slipstream.models.checkpoint import expected_shapes, save_checkpoint
 from slipstream.models.config import ModelConfig
-from slipstream.models.decoder import arrange, decode, logits_of
+from slipstream.models.decoder import arrange, causal_hidden, logits_of
 from slipstream.records import Observation, unpack_floats, unpack_ids
 
 MAX_SEQUENCE_TOKENS = 384
@@ -117,17 +117,8 @@ def generated_logits(config: ModelConfig, weights: Mapping[str, Tensor], batch: 
     Unlike `causal_logits` the head runs over generated positions only: prompts are most of a sequence and the head
     is half of a small draft's work.
     """
-    num_sequences, length = batch.ids_BT.shape
-
-    def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (x.unflatten(0, (num_sequences, length)).transpose(1, 2) for x in (query, key, value))
-        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
-
     decoder = arrange(config, weights)
-    positions = torch.arange(length).repeat(num_sequences)
-    hidden_TD, _ = decode(decoder, batch.ids_BT.flatten(), positions, attend=attend, linear=functional.linear)
-    return logits_of(decoder, hidden_TD[batch.sources_G], functional.linear)
+    return logits_of(decoder, causal_hidden(decoder, batch.ids_BT)[batch.sources_G], functional.linear)
 
 
 class Student:

@@ -140,8 +140,8 @@ def padded_rows(x_TD: Tensor, multiple: int = ROW_TILE) -> Tensor:
     return functional.pad(x_TD, (0, 0, 0, -len(x_TD) % multiple))
 
 
-def causal_logits(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] of whole sequences, differentiable in `weights`; index i predicts token i + 1.
+def causal_hidden(decoder: DecoderWeights, ids_BT: Tensor) -> Tensor:
+    """Final hidden states [B * T, D] of whole sequences, differentiable in the decoder's weights.
 
     `ids_BT` is int64; what is padded on the right does not reach what stands before it.
     """
@@ -152,10 +152,14 @@ def causal_logits(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Te
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
-    decoder = arrange(config, weights)
     positions = torch.arange(length).repeat(num_sequences)
-    hidden_TD, _ = decode(decoder, ids_BT.flatten(), positions, attend=attend, linear=functional.linear)
-    return logits_of(decoder, hidden_TD, functional.linear).view(num_sequences, length, -1)
+    return decode(decoder, ids_BT.flatten(), positions, attend=attend, linear=functional.linear)[0]
+
+
+def causal_logits(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
+    """Logits [B, T, V] of whole sequences (`causal_hidden`); index i predicts token i + 1."""
+    decoder = arrange(config, weights)
+    return logits_of(decoder, causal_hidden(decoder, ids_BT), functional.linear).view(*ids_BT.shape, -1)
 
 
 def initial_draft(vocab_size: int, *, seed: int) -> tuple[ModelConfig, dict[str, Tensor]]:
