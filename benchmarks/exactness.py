@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib as mpl
 import msgspec
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.report import Goal, Table, finish, progress
+from benchmarks.report import RESULTS, Goal, Table, finish, progress
 from deploy.local.queries import builtin_streams, read_queries
 from slipstream.acceptance import acceptance_rate, count
 from slipstream.engine.engine import Engine
@@ -25,6 +26,9 @@ from slipstream.engine.scheduler import EngineLimits
 from slipstream.models.checkpoint import Checkpoint, load_checkpoint, target_digest
 from slipstream.records import Observation
 from slipstream.telemetry import ReplicaMetrics
+
+mpl.use("Agg")
+from matplotlib import pyplot  # noqa: E402 - the backend is chosen before pyplot is imported
 
 MODELS = Path(__file__).parents[1] / "deploy" / "models"
 TARGET = MODELS / "mix-moe-11m"
@@ -105,6 +109,21 @@ def _request(index: int, prompt: tuple[int, ...], temperature: float) -> Request
     )
 
 
+def draw(runs: dict[str, Served]) -> None:
+    """Acceptance rate of every draft version that served, at each temperature."""
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    for place, (name, served) in enumerate(runs.items()):
+        rounds = [one for observation in served.observations for one in observation.rounds if one.proposed]
+        versions = sorted({one.draft_version for one in rounds})
+        rates = [acceptance_rate(count(one for one in rounds if one.draft_version == version)) for version in versions]
+        axes.bar([version + 0.4 * place for version in versions], rates, width=0.4, label=f"temperature {name}")
+    axes.set(xlabel="draft version, swapped in under running requests", ylabel="acceptance rate")
+    axes.legend()
+    figure.tight_layout()
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / "exactness.png", dpi=120)
+
+
 def main() -> int:
     """Run the comparison at temperature 0 and 1; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,6 +134,7 @@ def main() -> int:
     num_prompts = 60 if arguments.quick else 200
     prompts = load_prompts(arguments.queries, num_prompts)
     drafts = [load_checkpoint(MODELS / name) for name in ("draft-2m-general", "draft-2m-sibling", "draft-2m-sibling")]
+    runs: dict[str, Served] = {}
     rows: list[tuple[str, ...]] = []
     goals: list[Goal] = [Goal(figure="prompts", value=len(prompts), at_least=num_prompts)]
     for temperature in (0.0, 1.0):
@@ -122,6 +142,7 @@ def main() -> int:
         plain = serve(prompts, temperature=temperature, drafts=[])
         progress(f"temperature {temperature:g}, speculating, with swaps")
         drafted = serve(prompts, temperature=temperature, drafts=drafts)
+        runs[f"{temperature:g}"] = drafted
         num_different = sum(a != b for a, b in zip(plain.outputs, drafted.outputs, strict=True))
         rate = acceptance_rate(count(one for observation in drafted.observations for one in observation.rounds))
         num_tokens = sum(map(len, plain.outputs))
@@ -136,6 +157,7 @@ def main() -> int:
             Goal(figure=f"acceptance rate {at}", value=rate, at_least=0.2),
         ]
     columns = ("temperature", "prompts", "tokens", "different", "swaps", "fewest in flight", "acceptance rate")
+    draw(runs)
     figures = {goal.figure: goal.value for goal in goals}
     return finish("exactness", tables=[Table(columns=columns, rows=tuple(rows))], figures=figures, goals=goals)
 
