@@ -250,7 +250,7 @@ class Demo:
             self.reasons.append(f"left behind: processes {processes}, ports {sorted(one.port for one in open_ports)}")
         self.screen.say(
             f"stopped: {len(processes)} processes left, {len(open_ports)} of {len(ports)} ports still open"
-            + (f"; not on loopback while it ran: {outside} (Ray's, behind its token)" if outside else "")
+            + (f"; not on loopback while it ran: {outside} (Ray's: gRPC behind its token, two metrics pages without)" if outside else "")
         )
 
     def _conclude(self) -> int:
