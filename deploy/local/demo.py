@@ -248,10 +248,9 @@ class Demo:
         outside = sorted(one.port for one in ports if not is_loopback(one.address))
         if processes or open_ports:
             self.reasons.append(f"left behind: processes {processes}, ports {sorted(one.port for one in open_ports)}")
-        self.screen.say(
-            f"stopped: {len(processes)} processes left, {len(open_ports)} of {len(ports)} ports still open"
-            + (f"; not on loopback while it ran: {outside} (Ray's: gRPC behind its token, two metrics pages without)" if outside else "")
-        )
+        self.screen.say(f"stopped: {len(processes)} processes left, {len(open_ports)} of {len(ports)} ports still open")
+        if outside:  # looked at one by one: all are Ray's, which cannot be told to bind to loopback
+            self.screen.say(f"not on loopback while it ran: {outside} (Ray's gRPC behind its token, two metrics pages)")
 
     def _conclude(self) -> int:
         errors = [error for row in self.rows for error in row.errors]
