@@ -191,15 +191,19 @@ def load_streams(directory: Path, names: Sequence[str], number: int) -> dict[str
     return streams
 
 
-def main() -> int:
-    """Run the benchmark; returns the exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", default="gsm8k,wikisql,python_docstring")
     parser.add_argument("--queries", type=int, default=300, help="queries a stream")
     parser.add_argument("--per-second", type=float, default=2.5, help="arrivals a second")
     parser.add_argument("--data", type=Path, default=SHARED_QUERIES, metavar="DIRECTORY")
     parser.add_argument("--quick", action="store_true", help="two streams of 120 queries")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run the benchmark; returns the exit code."""
+    arguments = _parser().parse_args()
     names, number = arguments.streams.split(","), arguments.queries
     if arguments.quick:
         names, number = names[:2], 120
