@@ -28,7 +28,7 @@ from slipstream.records import Observation
 from slipstream.telemetry import ReplicaMetrics
 
 mpl.use("Agg")
-from matplotlib import pyplot  # noqa: E402 - the backend is chosen before pyplot is imported
+from matplotlib import pyplot
 
 MODELS = Path(__file__).parents[1] / "deploy" / "models"
 TARGET = MODELS / "mix-moe-11m"
@@ -38,7 +38,7 @@ MAX_PROMPT_TOKENS = 250
 MAX_TOKENS = 64
 NUM_DRAFT_TOKENS = 2
 STEPS_BETWEEN_SWAPS = 30
-FEWEST_IN_FLIGHT = 20
+IN_FLIGHT = 20
 
 
 class Served(msgspec.Struct):
@@ -70,7 +70,13 @@ def serve(prompts: list[tuple[int, ...]], *, temperature: float, drafts: list[Ch
     served = Served([[] for _ in prompts], [], [])
     engine = Engine(
         load_checkpoint(TARGET),
-        limits=EngineLimits(max_queued_requests=len(prompts), num_draft_tokens=NUM_DRAFT_TOKENS),
+        limits=EngineLimits(
+            max_running_requests=32,
+            max_queued_requests=len(prompts),
+            max_step_tokens=512,
+            max_context_tokens=1024,
+            num_draft_tokens=NUM_DRAFT_TOKENS,
+        ),
         target_digest=target_digest(TARGET),
         replica_id="benchmark",
         top_n=16,
@@ -81,7 +87,7 @@ def serve(prompts: list[tuple[int, ...]], *, temperature: float, drafts: list[Ch
         engine.submit(_request(index, prompt, temperature), _collector(served.outputs[index]))
     versions = itertools.count(1)
     for step in itertools.count():
-        if drafts and step % STEPS_BETWEEN_SWAPS == 0 and (step == 0 or engine.num_running >= FEWEST_IN_FLIGHT):
+        if drafts and step % STEPS_BETWEEN_SWAPS == 0:
             if step:
                 served.in_flight.append(engine.num_running)
             version = next(versions)
@@ -146,17 +152,16 @@ def main() -> int:
         num_different = sum(a != b for a, b in zip(plain.outputs, drafted.outputs, strict=True))
         rate = acceptance_rate(count(one for observation in drafted.observations for one in observation.rounds))
         num_tokens = sum(map(len, plain.outputs))
-        in_flight = min(drafted.in_flight, default=0)
-        counts = (len(prompts), num_tokens, num_different, len(drafted.in_flight), in_flight)
+        num_busy = sum(number >= IN_FLIGHT for number in drafted.in_flight)
+        counts = (len(prompts), num_tokens, num_different, len(drafted.in_flight), num_busy)
         rows.append((f"{temperature:g}", *map(str, counts), f"{rate:.3f}"))
         at = f"at temperature {temperature:g}"
         goals += [
             Goal(figure=f"prompts whose tokens differ {at}", value=num_different, at_most=0),
-            Goal(figure=f"swaps {at}", value=len(drafted.in_flight), at_least=1 if arguments.quick else 3),
-            Goal(figure=f"fewest requests in flight at a swap {at}", value=in_flight, at_least=FEWEST_IN_FLIGHT),
+            Goal(figure=f"swaps under {IN_FLIGHT} requests {at}", value=num_busy, at_least=1 if arguments.quick else 3),
             Goal(figure=f"acceptance rate {at}", value=rate, at_least=0.2),
         ]
-    columns = ("temperature", "prompts", "tokens", "different", "swaps", "fewest in flight", "acceptance rate")
+    columns = ("temperature", "prompts", "tokens", "different", "swaps", "with 20 in flight", "acceptance rate")
     draw(runs)
     figures = {goal.figure: goal.value for goal in goals}
     return finish("exactness", tables=[Table(columns=columns, rows=tuple(rows))], figures=figures, goals=goals)

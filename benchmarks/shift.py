@@ -224,7 +224,7 @@ def main() -> int:
             with running_service(Path(directory) / "state", config, kafka=broker.bootstrap) as (endpoints, settings):
                 pointers = open_pointers(settings)
                 wait_until(
-                    lambda: bool(pointers.acknowledgements("draft", DEFAULT_DOMAIN)),
+                    lambda: any(one.version for one in pointers.acknowledgements("draft", DEFAULT_DOMAIN)),
                     timeout_s=60.0,
                     what="the initial draft",
                 )

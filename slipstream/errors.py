@@ -97,7 +97,7 @@ class UnknownVersion(StoreError):
     """The registry has no such version."""
 
 
-RejectionReason = Literal["location", "format", "digest", "target", "vocabulary", "not_finite"]
+RejectionReason = Literal["location", "format", "digest", "target", "vocabulary", "not_finite", "timeout"]
 
 
 class ArtifactRejected(SlipstreamError):

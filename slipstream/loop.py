@@ -56,7 +56,13 @@ def turn(target_directory: Path, questions: Iterable[str], state: Path) -> Turn:
     observed: list[Observation] = []
     engine = Engine(
         target,
-        limits=EngineLimits(max_queued_requests=len(prompts), num_draft_tokens=NUM_DRAFT_TOKENS),
+        limits=EngineLimits(
+            max_running_requests=32,
+            max_queued_requests=len(prompts),
+            max_step_tokens=512,
+            max_context_tokens=1024,
+            num_draft_tokens=NUM_DRAFT_TOKENS,
+        ),
         target_digest=digest,
         replica_id="replica",
         top_n=16,

@@ -61,10 +61,11 @@ class ReplicaMetrics:
         self.observation_queue = gauge("observation_queue", "Observations waiting to be sent")
         self.swaps = counter("swaps", "Swaps to another draft version, applied")
         self.swap_refusals = counter("swap_refusals", "Versions refused; the old one kept serving", "reason")
-        self.swap_apply_s = histogram("swap_apply_seconds", "Pause between two steps to switch drafts", _TOKEN_S)
+        self.swap_wait_s = histogram("swap_wait_seconds", "From a warmed draft to the step that uses it", _TOKEN_S)
         self.draft_info = gauge("draft_info", "1 for the draft version that is serving", "version")
         self.pointer_generation = gauge("pointer_generation", "Generation of the pointer last applied")
         self.store_up = gauge("store_up", "1 while the store answers, 0 during an outage", "store")
+        self.unexpected_errors = counter("unexpected_errors", "Errors that reached the outermost loop of a thread")
         self._domains: set[str] = set()
         self._domain_lock = threading.Lock()
 

@@ -46,7 +46,7 @@ class Lineage(msgspec.Struct, frozen=True, kw_only=True):
 class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     """One registered version: an artifact directory that never changes again.
 
-    `digest` is the SHA-256 over the tensors' names, shapes and fp32 values (`models.checkpoint.digest_of_tensors`).
+    `digest` is the SHA-256 over architecture and tensor values (`models.checkpoint.checkpoint_digest`).
     `created_at` is seconds since the epoch.
     """
 

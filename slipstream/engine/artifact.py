@@ -6,6 +6,7 @@ flat: config.json, *.safetensors and further *.json files. Anything else (pickle
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,13 +23,15 @@ _ALLOWED_SUFFIXES = (".json", ".safetensors")
 def fetch(pointer: ServingPointer, *, artifact_root: Path, into: Path) -> Path:
     """Copy the pointer's files to `into/DIGEST`, whole or not at all; returns that directory.
 
-    Raises ArtifactRejected for a place outside the root, a missing directory, or a file that is no draft file.
+    What is there already is not fetched again, so a version seen before needs no artifact store. Raises
+    ArtifactRejected for a malformed digest, a place outside the root, a missing directory, or a file that is no draft
+    file.
     """
-    source = local_path(pointer.artifact_uri, artifact_root)
-    files = _checked_files(source)
-    destination = into / pointer.digest
+    destination = into / checked_digest(pointer.digest)
     if destination.is_dir():
         return destination
+    source = local_path(pointer.artifact_uri, artifact_root)
+    files = _checked_files(source)
     into.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix="partial-", dir=into))
     try:
@@ -41,6 +44,13 @@ def fetch(pointer: ServingPointer, *, artifact_root: Path, into: Path) -> Path:
         if not destination.is_dir():
             raise ArtifactRejected(f"cannot copy {source}: {error}", reason="location") from error
     return destination
+
+
+def checked_digest(digest: str) -> str:
+    """`digest`, which may name a directory; raises ArtifactRejected unless it is 64 hexadecimal digits."""
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ArtifactRejected(f"digest is {digest!r}; expected 64 hexadecimal digits (SHA-256)", reason="digest")
+    return digest
 
 
 def load_verified(directory: Path, *, digest: str) -> Checkpoint:

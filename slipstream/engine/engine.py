@@ -21,7 +21,7 @@ from slipstream.engine.observer import ObservationSource, observations_of, obser
 from slipstream.engine.request import FinishReason, Request, TokenBlock
 from slipstream.engine.sampling import target_tokens
 from slipstream.engine.scheduler import EngineLimits, Scheduler
-from slipstream.errors import RequestError
+from slipstream.errors import ArtifactRejected, RequestError
 from slipstream.models.checkpoint import Checkpoint, check_draft
 from slipstream.models.decoder import arrange
 from slipstream.records import Observation
@@ -60,7 +60,7 @@ class Engine:
             num_experts=target.config.num_experts,
         )
         self._observe = observe
-        self._metrics = metrics
+        self.metrics = metrics
         self._scheduler = Scheduler(limits)
         self._target = CachedDecoder(
             arrange(target.config, target.weights),
@@ -85,12 +85,14 @@ class Engine:
     @property
     def draft_version(self) -> int:
         """The version drafting now; 0 without a draft."""
-        return self._drafter.version if self._drafter else NO_VERSION
+        drafter = self._drafter  # read once: the engine's thread may switch it meanwhile
+        return drafter.version if drafter else NO_VERSION
 
     @property
     def draft_digest(self) -> str:
         """Digest of the draft tensors in memory; empty without a draft."""
-        return self._drafter.digest if self._drafter else ""
+        drafter = self._drafter
+        return drafter.digest if drafter else ""
 
     def submit(self, request: Request, on_block: OnBlock) -> None:
         """Queue a request; `on_block` is called from `step` with every block of its tokens.
@@ -101,18 +103,25 @@ class Engine:
         self._scheduler.enqueue(request, on_block)
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request at the next step; its `on_block` is not called again."""
+        """Drop a request at the next step; its `on_block` is not called again. What it got is still observed."""
         self._scheduler.cancel(request_id)
 
     def install_draft(self, draft: Checkpoint | None, *, version: int) -> threading.Event:
         """Draft with this version from the next step on; None switches speculation off.
 
         Checks, loads and warms the draft beside the running one before it returns. The event is set when the switch
-        has happened. Raises ArtifactRejected if the draft does not fit the target.
+        has happened; never, if a later call came first. Raises ArtifactRejected if the draft does not fit the target or
+        cannot run.
         """
-        drafter = None
-        if draft is not None:
-            check_draft(draft, vocab_size=self.vocab_size)
+        drafter = None if draft is None else self._warmed(draft, version=version)
+        with self._swap_lock:
+            switched = threading.Event()
+            self._incoming = (drafter, switched)
+        return switched
+
+    def _warmed(self, draft: Checkpoint, *, version: int) -> ChainDrafter:
+        check_draft(draft, vocab_size=self.vocab_size)
+        try:
             drafter = ChainDrafter(
                 draft,
                 version=version,
@@ -121,12 +130,9 @@ class Engine:
                 max_catch_up_tokens=self.limits.max_step_tokens,
             )
             drafter.warm()
-        with self._swap_lock:
-            if self._incoming is not None:
-                self._incoming[1].set()
-            switched = threading.Event()
-            self._incoming = (drafter, switched)
-        return switched
+        except (RuntimeError, MemoryError, IndexError) as error:
+            raise ArtifactRejected(f"draft version {version} cannot run: {error}", reason="format") from error
+        return drafter
 
     def step(self) -> bool:
         """Serve every running request once; False if there was nothing to do."""
@@ -134,16 +140,17 @@ class Engine:
         self._swap_if_waiting()
         for sequence in self._scheduler.admit():
             self._forget(sequence)
+            self._observe_all(sequence, "cancelled")
         running = list(self._scheduler.running)
-        self._metrics.running.set(len(running))
-        self._metrics.waiting.set(self._scheduler.num_waiting)
+        self.metrics.running.set(len(running))
+        self.metrics.waiting.set(self._scheduler.num_waiting)
         if not running:
             return False
         trees = self._draft(running)
         spans = self._spans(running, trees)
         hidden_TD, experts_TLK = self._target.forward([span for span in spans if span])
         self._commit(running, trees, spans, hidden_TD, experts_TLK)
-        self._metrics.step_s.observe(time.perf_counter() - started)
+        self.metrics.step_s.observe(time.perf_counter() - started)
         return True
 
     def fail_all(self, error: str) -> None:
@@ -154,6 +161,11 @@ class Engine:
             self._emit(sequence, (), NO_DRAFT, 0, "error", error)
         for request, on_block in self._scheduler.drain():
             on_block(_last_block(request.request_id, "error", error))
+
+    def close(self, error: str) -> None:
+        """Take no more requests, and end those that run or wait with an error."""
+        self._scheduler.close()
+        self.fail_all(error)
 
     def _swap_if_waiting(self) -> None:
         with self._swap_lock:
@@ -233,9 +245,12 @@ class Engine:
             return
         self._scheduler.release(sequence)
         self._forget(sequence)
-        for observation in observations_of(sequence, self._source):
-            self._observe(observation)
+        self._observe_all(sequence, sequence.finish_reason)
         self._emit(sequence, kept, tree, num_accepted, sequence.finish_reason)
+
+    def _observe_all(self, sequence: RunningSequence, finish_reason: FinishReason) -> None:
+        for observation in observations_of(sequence, self._source, finish_reason=finish_reason):
+            self._observe(observation)
 
     def _forget(self, sequence: RunningSequence) -> None:
         if self._drafter is not None:
@@ -264,7 +279,7 @@ class Engine:
         )
 
     def _count(self, sequence: RunningSequence, tree: DraftTree, num_tokens: int) -> None:
-        metrics, domain = self._metrics, self._metrics.domain_label(sequence.request.domain)
+        metrics, domain = self.metrics, self.metrics.domain_label(sequence.request.domain)
         metrics.generation_tokens.labels(domain).inc(num_tokens)
         if len(sequence.rounds) == 1:
             metrics.prompt_tokens.inc(len(sequence.request.prompt_ids))

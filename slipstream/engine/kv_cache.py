@@ -32,8 +32,8 @@ class Span(msgspec.Struct, frozen=True):
 class StepPlan(msgspec.Struct, frozen=True):
     """Index tensors of one forward pass over T packed rows in G attention tiles.
 
-    `num_rows` of the T rows are real. `tile_rows_GR` maps tiles to packed rows; `row_places_T` maps packed rows back
-    to flat tile places. `is_visible_GRC` says which context positions a tile's row may attend to.
+    `num_rows` of the T rows are real. `tile_rows_GW` maps tiles to packed rows; `row_places_T` maps packed rows back
+    to flat tile places. `is_visible_GWC` says which context positions a tile's row may attend to.
     """
 
     num_rows: int
@@ -41,9 +41,9 @@ class StepPlan(msgspec.Struct, frozen=True):
     positions_T: Tensor
     slots_T: Tensor
     tile_slots_G: Tensor
-    tile_rows_GR: Tensor
+    tile_rows_GW: Tensor
     row_places_T: Tensor
-    is_visible_GRC: Tensor
+    is_visible_GWC: Tensor
 
 
 def plan_step(spans: Sequence[Span], *, row_multiple: int) -> StepPlan:
@@ -66,7 +66,7 @@ def plan_step(spans: Sequence[Span], *, row_multiple: int) -> StepPlan:
     num_rows = len(ids)
     padding = [0] * (-num_rows % row_multiple)
     positions_T = torch.tensor(positions + padding)
-    tile_rows_GR = torch.tensor(tile_rows)
+    tile_rows_GW = torch.tensor(tile_rows)
     longest = -(-(max(positions) + 1) // CONTEXT_BLOCK) * CONTEXT_BLOCK
     return StepPlan(
         num_rows,
@@ -74,9 +74,9 @@ def plan_step(spans: Sequence[Span], *, row_multiple: int) -> StepPlan:
         positions_T,
         torch.tensor(slots),
         torch.tensor(tile_slots),
-        tile_rows_GR,
+        tile_rows_GW,
         torch.tensor(places + padding),
-        torch.arange(longest) <= positions_T[tile_rows_GR].unsqueeze(-1),
+        torch.arange(longest) <= positions_T[tile_rows_GW].unsqueeze(-1),
     )
 
 
@@ -124,19 +124,19 @@ class CachedDecoder:
         return logits_of(self.decoder, padded_rows(hidden_TD, self._row_multiple), self._linear)[: len(hidden_TD)]
 
 
-def attend_tiles(query_THd: Tensor, keys_SKCd: Tensor, values_SKCd: Tensor, plan: StepPlan) -> Tensor:
-    """Attention of packed query rows over their slots' context: [T, H, d] from keys and values [slots, K, C, d]."""
+def attend_tiles(query_THd: Tensor, keys_MHCd: Tensor, values_MHCd: Tensor, plan: StepPlan) -> Tensor:
+    """Attention [T, H, d] of packed query rows over their slots' context (keys and values [slots, heads, C, d])."""
     num_heads, head_dim = query_THd.shape[1:]
-    num_tiles, _, context = plan.is_visible_GRC.shape
-    num_kv_heads = keys_SKCd.shape[1]
+    num_tiles, _, context = plan.is_visible_GWC.shape
+    num_kv_heads = keys_MHCd.shape[1]
     num_blocks = context // CONTEXT_BLOCK
-    keys = keys_SKCd[plan.tile_slots_G, :, :context].flatten(0, 1)
-    values = values_SKCd[plan.tile_slots_G, :, :context].flatten(0, 1)
-    # Heads that share a key head stand together as rows of one product: [G * kv heads, shared heads * R, d].
-    tiles = query_THd[plan.tile_rows_GR].unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    keys = keys_MHCd[plan.tile_slots_G, :, :context].flatten(0, 1)
+    values = values_MHCd[plan.tile_slots_G, :, :context].flatten(0, 1)
+    # Heads that share a key head stand together as rows of one product: [G * kv heads, shared heads * W, d].
+    tiles = query_THd[plan.tile_rows_GW].unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
     tiles = tiles.reshape(num_tiles * num_kv_heads, -1, head_dim)
     scores = torch.bmm(tiles, keys.transpose(1, 2)) * head_dim**-0.5
-    is_hidden = ~plan.is_visible_GRC[:, None, None]
+    is_hidden = ~plan.is_visible_GWC[:, None, None]
     scores = scores.view(num_tiles, num_kv_heads, -1, ROW_TILE, context).masked_fill(is_hidden, -torch.inf)
     probs = scores.softmax(dim=-1).view(num_tiles * num_kv_heads, -1, num_blocks, CONTEXT_BLOCK)
     blocks = torch.bmm(

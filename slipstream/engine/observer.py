@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from slipstream.engine.batch import RunningSequence
-from slipstream.errors import RecordError, StoreError
+from slipstream.engine.request import FinishReason
+from slipstream.errors import ConfigError, StoreError
 from slipstream.records import (
+    MAX_RECORD_BYTES,
     Observation,
     Round,
     RoutingTrace,
@@ -55,8 +57,10 @@ def observe_block(
         sequence.expert_rows.append(experts_XLK[: len(kept)])
 
 
-def observations_of(sequence: RunningSequence, source: ObservationSource) -> list[Observation]:
-    """The finished sequence as observations of at most CHUNK_TOKENS output tokens; none where learning is forbidden."""
+def observations_of(
+    sequence: RunningSequence, source: ObservationSource, *, finish_reason: FinishReason
+) -> list[Observation]:
+    """An ended sequence as observations of at most CHUNK_TOKENS output tokens; none where learning is forbidden."""
     request = sequence.request
     if not request.may_train or not sequence.num_output:
         return []
@@ -84,7 +88,7 @@ def observations_of(sequence: RunningSequence, source: ObservationSource) -> lis
                 top_logprobs=pack_floats(top_logprobs_TN[part].numpy(), bits=16),
                 first_position=first,
                 rounds=_rounds_within(sequence.rounds, part),
-                finish_reason=sequence.finish_reason,
+                finish_reason=finish_reason,
                 replica_id=source.replica_id,
                 routing=None if experts_TLK is None else _routing_trace(experts_TLK[part], source),
             )
@@ -171,15 +175,19 @@ class Observer:
                 self._metrics.observation_queue.set(len(self._queue))
             if not batch:
                 return
-            self._send(batch)
+            try:
+                self._send(batch)
+            except Exception:  # the outermost loop: without this thread nothing would ever be observed again
+                logger.exception("%d observations could not be sent and are lost", len(batch))
+                self._metrics.unexpected_errors.inc()
+                self._metrics.observations.labels("failed").inc(len(batch))
 
     def _send(self, batch: list[Observation]) -> None:
+        batch = [one for one in batch if self._is_sendable(one)]
         try:
             self._log.append([(one.request_id, encode(one)) for one in batch])
-        except RecordError as error:
-            logger.error("a batch of %d observations was refused by the log: %s", len(batch), error)
-            self._metrics.observations.labels("failed").inc(len(batch))
-        except StoreError as error:
+        except (StoreError, ConfigError) as error:
+            # A password or permission that was changed under a running replica is an outage like any other.
             self._put_back(batch, error)
         else:
             if self._num_failures:
@@ -188,7 +196,19 @@ class Observer:
             self._metrics.store_up.labels("log").set(1)
             self._metrics.observations.labels("sent").inc(len(batch))
 
-    def _put_back(self, batch: list[Observation], error: StoreError) -> None:
+    def _is_sendable(self, observation: Observation) -> bool:
+        num_bytes = len(encode(observation))
+        if num_bytes > MAX_RECORD_BYTES:
+            logger.error(
+                "observation of request %s has %d bytes, the log takes %d; it is dropped",
+                observation.request_id,
+                num_bytes,
+                MAX_RECORD_BYTES,
+            )
+            self._metrics.observations.labels("failed").inc()
+        return num_bytes <= MAX_RECORD_BYTES
+
+    def _put_back(self, batch: list[Observation], error: StoreError | ConfigError) -> None:
         if not self._num_failures:
             logger.warning(
                 "the observation log does not answer, up to %d records wait: %s", self._max_queued_records, error
@@ -202,6 +222,6 @@ class Observer:
             self._metrics.observations.labels("dropped").inc(len(batch) - len(kept))
             self._queue.extendleft(reversed(kept))
             if self._is_stopping:
+                self._metrics.observations.labels("dropped").inc(len(self._queue))
                 self._queue.clear()
-                self._metrics.observations.labels("dropped").inc(len(kept))
             self._changed.wait_for(lambda: self._is_stopping, timeout=pause)

@@ -87,8 +87,9 @@ class EngineRunner:
                 has_worked = self.engine.step()
             except Exception:  # the outermost loop: a broken step fails its requests, not the replica
                 logger.exception("a step failed; its requests end with an error")
+                self.engine.metrics.unexpected_errors.inc()
                 self.engine.fail_all("the engine failed in this step; the request may be sent again")
                 has_worked = True
             if not has_worked:
                 self._wake.wait(_IDLE_WAIT_S)
-        self.engine.fail_all("the replica is stopping; send the request again")
+        self.engine.close("the replica is stopping; send the request again")

@@ -9,17 +9,17 @@ import msgspec
 
 from slipstream.engine.batch import OnBlock, RunningSequence
 from slipstream.engine.request import Request
-from slipstream.errors import QueueFull
+from slipstream.errors import EngineStopped, QueueFull
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes of an engine; all counts, `num_draft_tokens` 0 switches speculation off."""
+    """Sizes of an engine; all counts, `num_draft_tokens` 0 switches speculation off. Defaults are `ServingConfig`'s."""
 
-    max_running_requests: int = 32
-    max_queued_requests: int = 64
-    max_step_tokens: int = 512
-    max_context_tokens: int = 1024
-    num_draft_tokens: int = 4
+    max_running_requests: int
+    max_queued_requests: int
+    max_step_tokens: int
+    max_context_tokens: int
+    num_draft_tokens: int
 
 
 class Scheduler:
@@ -31,6 +31,7 @@ class Scheduler:
         self._waiting: deque[tuple[Request, OnBlock]] = deque()
         self._cancelled: set[str] = set()
         self._free_slots = list(reversed(range(limits.max_running_requests)))
+        self._is_closed = False
         self.running: list[RunningSequence] = []
 
     @property
@@ -39,8 +40,10 @@ class Scheduler:
         return len(self._waiting)
 
     def enqueue(self, request: Request, on_block: OnBlock) -> None:
-        """Put a request into the queue; raises QueueFull."""
+        """Put a request into the queue; raises QueueFull, or EngineStopped after `close`."""
         with self._lock:
+            if self._is_closed:
+                raise EngineStopped("this replica is stopping and takes no more requests; another one will answer")
             # A free slot is as good as a place in the queue: the limit counts requests that must really wait.
             num_free = len(self._free_slots)
             if len(self._waiting) >= self._limits.max_queued_requests + num_free:
@@ -73,6 +76,11 @@ class Scheduler:
         """Give a finished sequence's slot back."""
         with self._lock:
             self._release(sequence)
+
+    def close(self) -> None:
+        """Refuse every request from now on."""
+        with self._lock:
+            self._is_closed = True
 
     def drain(self) -> list[tuple[Request, OnBlock]]:
         """Empty the queue; returns what waited."""

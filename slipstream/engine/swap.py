@@ -17,9 +17,10 @@ from pathlib import Path
 
 import msgspec
 
-from slipstream.engine.artifact import fetch, load_verified
+from slipstream.engine.artifact import checked_digest, fetch, load_verified
 from slipstream.engine.runner import EngineRunner
 from slipstream.errors import ArtifactRejected, StoreError
+from slipstream.stores.artifacts import write_durably
 from slipstream.stores.protocols import ACKNOWLEDGEMENT_TTL_S, PointerStore
 from slipstream.telemetry import ReplicaMetrics
 from slipstream.versions import NO_VERSION, Acknowledgement, ServingPointer
@@ -57,10 +58,11 @@ class PointerFollower:
         self._poll_s = poll_s
         self._metrics = metrics
         self._applied_generation = 0
+        self._applied_set_at = 0.0
+        self._acknowledged_at = float("-inf")
         self._refused: ServingPointer | None = None
         self._refusal = ""
         self._retry_at = 0.0
-        self._acknowledged_at = 0.0
         self._is_out_of_reach = False
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pointer-follower", daemon=True)
@@ -79,11 +81,14 @@ class PointerFollower:
         while not self._is_stopping.is_set():
             try:
                 self.look()
+                self._pointers.wait_for_move(timeout_s=self._poll_s)
             except StoreError as error:
                 self._note_outage(error)
+                self._is_stopping.wait(self._poll_s)
             except Exception:  # the outermost loop: a follower that died would leave the replica behind for ever
                 logger.exception("following the pointer failed; trying again")
-            self._pointers.wait_for_move(timeout_s=self._poll_s)
+                self._metrics.unexpected_errors.inc()
+                self._is_stopping.wait(self._poll_s)
 
     def look(self) -> None:
         """Read the pointer once, apply or refuse it, and acknowledge; raises StoreError during an outage."""
@@ -91,14 +96,16 @@ class PointerFollower:
         self._note_answer()
         if pointer is not None and self._is_news(pointer):
             self._apply_or_refuse(pointer)
-        if pointer is not None and time.monotonic() - self._acknowledged_at > ACKNOWLEDGEMENT_TTL_S / 4:
+        if time.monotonic() - self._acknowledged_at > ACKNOWLEDGEMENT_TTL_S / 4:
             self._acknowledge()
 
     def _is_news(self, pointer: ServingPointer) -> bool:
         if self._refused is not None and pointer.generation == self._refused.generation:
             return time.monotonic() >= self._retry_at
-        # A lower generation than the applied one means that the store lost its latest writes: keep serving.
-        return pointer.generation > self._applied_generation
+        # A store that lost its latest writes shows an older pointer, which is no news; one that began anew counts from
+        # 1 again, and its pointers are: the time tells them apart.
+        has_begun_anew = pointer.generation < self._applied_generation and pointer.set_at > self._applied_set_at
+        return pointer.generation > self._applied_generation or has_begun_anew
 
     def _apply_or_refuse(self, pointer: ServingPointer) -> None:
         try:
@@ -151,9 +158,13 @@ class PointerFollower:
             except ArtifactRejected:
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
-        with self._metrics.swap_apply_s.time():
-            switched.wait(_SWITCH_TIMEOUT_S)
-        self._applied_generation = pointer.generation
+        with self._metrics.swap_wait_s.time():
+            if not switched.wait(_SWITCH_TIMEOUT_S):
+                raise ArtifactRejected(
+                    f"the engine took no step in {_SWITCH_TIMEOUT_S:.0f} s; it is not known whether it switched",
+                    reason="timeout",
+                )
+        self._applied_generation, self._applied_set_at = pointer.generation, pointer.set_at
         self._metrics.swaps.inc()
         self._metrics.pointer_generation.set(pointer.generation)
         self._metrics.draft_info.clear()
@@ -179,10 +190,7 @@ class PointerFollower:
 
     def _remember(self, pointer: ServingPointer, directory: Path | None) -> None:
         """Keep the applied version as the last good one; older artifacts beyond a few go."""
-        self._cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = self._cache_dir / "last_good.json.partial"
-        partial.write_bytes(msgspec.json.encode(pointer))
-        partial.replace(self._last_good)
+        write_durably(self._last_good, msgspec.json.encode(pointer))
         if directory is not None:
             directory.touch()
         artifacts = sorted(
@@ -212,9 +220,9 @@ class PointerFollower:
         if pointer.target_digest != self._target_digest:
             raise ArtifactRejected("it was trained for another target", reason="target")
         if pointer.version != NO_VERSION:
-            checkpoint = load_verified(self._cache_dir / pointer.digest, digest=pointer.digest)
+            checkpoint = load_verified(self._cache_dir / checked_digest(pointer.digest), digest=pointer.digest)
             self._runner.install_draft(checkpoint, version=pointer.version)
-        self._applied_generation = pointer.generation
+        self._applied_generation, self._applied_set_at = pointer.generation, pointer.set_at
         self._metrics.pointer_generation.set(pointer.generation)
         self._metrics.draft_info.labels(str(pointer.version)).set(1)
         logger.info("starting with the last good draft, version %d", pointer.version)

@@ -1,7 +1,8 @@
 """Weights on disk and their digests: safetensors only, every tensor checked by name and shape.
 
-Two checkpoints have the same digest exactly if they compute the same function: the digest is over names, shapes and
-fp32 values, so that bf16 on disk and fp32 in memory agree, and what a replica reports is what it runs.
+Two checkpoints have the same digest exactly if they compute the same function: the digest is over the architecture and
+the tensors' names, shapes and fp32 values, so that bf16 on disk and fp32 in memory agree, and what a replica reports is
+what it runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """A loaded decoder: fp32 `weights` under Hugging Face names, `digest` of exactly these tensors."""
+    """A loaded decoder: fp32 `weights` under Hugging Face names, `digest` of exactly this config and these tensors."""
 
     config: ModelConfig
     weights: dict[str, Tensor]
@@ -46,7 +47,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
         weights.setdefault("model.embed_tokens.weight", weights["lm_head.weight"])
         del weights["lm_head.weight"]
     _check_names_and_shapes(directory, shapes, weights)
-    return Checkpoint(config, weights, digest_of_tensors(weights))
+    return Checkpoint(config, weights, checkpoint_digest(config, weights))
 
 
 def save_checkpoint(
@@ -58,12 +59,12 @@ def save_checkpoint(
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     fields = to_hugging_face(config) | {"dtype": str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    return digest_of_tensors(stored)
+    return checkpoint_digest(config, stored)
 
 
-def digest_of_tensors(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over names, shapes and fp32 values, in order of names."""
-    digest = hashlib.sha256()
+def checkpoint_digest(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over the architecture, then names, shapes and fp32 values in order of names."""
+    digest = hashlib.sha256(msgspec.json.encode(config))
     for name in sorted(weights):
         tensor = weights[name].detach().float().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

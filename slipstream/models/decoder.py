@@ -27,7 +27,7 @@ ROW_TILE = 8
 """Rows per matrix product in serving; one request's verified chain usually fits one tile."""
 
 Linear = Callable[[Tensor, Tensor], Tensor]
-"""(x_TD, weight_ND) -> x_TD @ weight_ND^T."""
+"""(x_TD, weight_OD) -> x_TD @ weight_OD^T."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [T, heads, head_dim], key [T, kv heads, head_dim], value likewise) -> [T, heads, head_dim]."""
@@ -129,10 +129,10 @@ def logits_of(decoder: DecoderWeights, hidden_TD: Tensor, linear: Linear) -> Ten
     return linear(hidden_TD, decoder.head)
 
 
-def tiled_linear(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+def tiled_linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
     """x @ weight^T with every row's sums in an order fixed by its own tile; T must be a multiple of ROW_TILE."""
     tiles = x_TD.view(-1, ROW_TILE, x_TD.shape[1])
-    return torch.bmm(tiles, weight_ND.t().expand(len(tiles), -1, -1)).flatten(0, 1)
+    return torch.bmm(tiles, weight_OD.t().expand(len(tiles), -1, -1)).flatten(0, 1)
 
 
 def padded_rows(x_TD: Tensor, multiple: int = ROW_TILE) -> Tensor:

@@ -54,6 +54,15 @@ def prompts() -> list[tuple[int, ...]]:
     return [tuple(tokenizer.encode(f"<|user|>{query.prompt}<|assistant|>").ids) for query in queries]
 
 
+LIMITS = EngineLimits(
+    max_running_requests=32,
+    max_queued_requests=1000,
+    max_step_tokens=512,
+    max_context_tokens=1024,
+    num_draft_tokens=4,
+)
+
+
 class Run(msgspec.Struct):
     """What came out of an engine that served some prompts to the end."""
 
@@ -75,7 +84,7 @@ class Served(msgspec.Struct, kw_only=True):
     top_k: int = 0
     top_p: float = 1.0
     max_tokens: int = 48
-    limits: EngineLimits = EngineLimits(max_queued_requests=1000)
+    limits: EngineLimits = LIMITS
     may_train: bool = True
     seed: int = 1000
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import threading
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import Served, make_engine, request_for, serve
+from conftest import LIMITS, Served, make_engine, request_for, serve
 
 from slipstream.acceptance import acceptance_length, acceptance_rate, count
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
 from slipstream.engine.runner import EngineRunner
-from slipstream.engine.scheduler import EngineLimits
 from slipstream.errors import ArtifactRejected, EngineStopped, QueueFull, RequestError
 from slipstream.models.checkpoint import Checkpoint
 from slipstream.models.decoder import causal_logits, initial_draft
-from slipstream.records import decode_observation, encode, observation_id, unpack_floats, unpack_ids
+from slipstream.records import Observation, decode_observation, encode, observation_id, unpack_floats, unpack_ids
 from slipstream.telemetry import ReplicaMetrics
 
 Prompts = list[tuple[int, ...]]
@@ -82,7 +82,7 @@ def test_a_request_that_cannot_be_served_is_refused_with_the_values(
 
 
 def test_the_queue_is_bounded(target: Checkpoint, prompts: Prompts) -> None:
-    served = Served(limits=EngineLimits(max_running_requests=2, max_queued_requests=3))
+    served = Served(limits=msgspec.structs.replace(LIMITS, max_running_requests=2, max_queued_requests=3))
     engine = make_engine(target, served, [], ReplicaMetrics())
     for index in range(5):
         engine.submit(request_for(index, prompts[index], served), lambda _: None)
@@ -93,8 +93,9 @@ def test_the_queue_is_bounded(target: Checkpoint, prompts: Prompts) -> None:
 def test_a_cancelled_request_frees_its_slot_and_gets_nothing_more(
     target: Checkpoint, sibling: Checkpoint, prompts: Prompts
 ) -> None:
-    served = Served(draft=sibling, max_tokens=100, limits=EngineLimits(max_running_requests=1, max_queued_requests=9))
-    engine = make_engine(target, served, [], ReplicaMetrics())
+    served = Served(draft=sibling, max_tokens=100, limits=msgspec.structs.replace(LIMITS, max_running_requests=1))
+    observations: list[Observation] = []
+    engine = make_engine(target, served, observations, ReplicaMetrics())
     first: list[TokenBlock] = []
     second: list[TokenBlock] = []
     engine.submit(request_for(0, prompts[0], served), first.append)
@@ -108,6 +109,9 @@ def test_a_cancelled_request_frees_its_slot_and_gets_nothing_more(
     assert len(first) == num_blocks
     assert second[-1].finish_reason is not None
     assert engine.num_running == 0
+    left = next(one for one in observations if one.request_id == "request-0")
+    assert left.finish_reason == "cancelled"
+    assert unpack_ids(left.output_ids).tolist() == [token for block in first for token in block.token_ids]
 
 
 def test_an_observation_says_what_the_target_said(target: Checkpoint, sibling: Checkpoint, prompts: Prompts) -> None:
@@ -196,7 +200,7 @@ def test_a_step_that_breaks_fails_its_requests_and_the_next_ones_are_served(
 ) -> None:
     engine = BreaksOnce(
         target,
-        limits=EngineLimits(),
+        limits=LIMITS,
         target_digest="t",
         replica_id="r",
         top_n=4,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 import torch
-from conftest import Run, Served, serve
+from conftest import LIMITS, Run, Served, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,11 +21,8 @@ Prompts = list[tuple[int, ...]]
 
 
 def limits(*, running: int, step_tokens: int = 512, draft_tokens: int = 4) -> EngineLimits:
-    return EngineLimits(
-        max_running_requests=running,
-        max_queued_requests=1000,
-        max_step_tokens=step_tokens,
-        num_draft_tokens=draft_tokens,
+    return msgspec.structs.replace(
+        LIMITS, max_running_requests=running, max_step_tokens=step_tokens, num_draft_tokens=draft_tokens
     )
 
 

@@ -15,7 +15,7 @@ from conftest import MODELS, Served, make_engine
 from slipstream.engine.runner import EngineRunner
 from slipstream.engine.swap import PointerFollower
 from slipstream.errors import StoreUnavailable
-from slipstream.models.checkpoint import Checkpoint, digest_of_tensors, load_checkpoint, save_checkpoint
+from slipstream.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from slipstream.models.decoder import initial_draft
 from slipstream.stores.memory import MemoryPointers
 from slipstream.telemetry import ReplicaMetrics
@@ -79,6 +79,8 @@ class Replica:
         return pointer
 
     def acknowledged(self, generation: int) -> Acknowledgement:
+        """The replica's word about a pointer of this generation, once it has come."""
+
         def has_come() -> bool:
             acks = self.pointers.acknowledgements("draft", "default")
             return bool(acks) and acks[0].generation == generation
@@ -141,6 +143,11 @@ def with_unsupported_config(directory: Path, _: Path) -> None:
     path.write_text(path.read_text().replace('"silu"', '"gelu"'))
 
 
+def with_another_architecture(directory: Path, _: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 50000.0'))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -149,6 +156,7 @@ def with_unsupported_config(directory: Path, _: Path) -> None:
         (with_changed_byte, "digest"),
         (with_truncated_weights, "safetensors"),
         (with_unsupported_config, "gelu"),
+        (with_another_architecture, "digest"),
     ],
 )
 def test_a_bad_artifact_is_refused_and_the_old_version_keeps_serving(
@@ -196,6 +204,48 @@ def test_a_place_outside_the_root_and_another_target_are_refused(
     assert replica.runner.draft_version == 0
 
 
+@pytest.mark.parametrize("digest", ["../victim", "/etc", "", "A" * 64])
+def test_a_digest_that_could_name_another_directory_is_refused(
+    replica: Replica, root: Path, tmp_path: Path, digest: str
+) -> None:
+    (tmp_path / "victim").mkdir()
+    replica.point_at(root / "good", version=1, digest=digest)
+    ack = replica.acknowledged(1)
+    assert "64 hexadecimal digits" in ack.error
+    assert (tmp_path / "victim").is_dir()
+    assert root.is_dir()
+
+
+def test_a_pointer_store_that_began_anew_is_followed_and_one_that_lost_its_last_move_is_not(
+    target: Checkpoint, root: Path, general: Checkpoint, tmp_path: Path
+) -> None:
+    first = Replica(target, MemoryPointers(), root, tmp_path / "cache")
+    first.start()
+    before = first.point_at(root / "good", version=1, digest=general.digest)
+    for version in (2, 3):
+        first.point_at(root / "good", version=version, digest=general.digest)
+    first.acknowledged(3)
+    first.stop()
+    lagging, anew = MemoryPointers(), MemoryPointers()
+    lagging.advance(before, expected_generation=0)
+    second = Replica(target, lagging, root, tmp_path / "cache")
+    second.runner.start()
+    second.follower.start()
+    second.follower.look()
+    assert second.runner.draft_version == 3
+    second.stop()
+    third = Replica(target, anew, root, tmp_path / "cache")
+    third.start()
+    third.point_at(root / "good", version=4, digest=general.digest)
+    wait_for(lambda: third.runner.draft_version == 4)
+    third.stop()
+
+
+def test_a_replica_without_a_pointer_says_that_it_serves_without_a_draft(replica: Replica) -> None:
+    ack = replica.acknowledged(0)
+    assert (ack.state, ack.version, ack.digest) == ("serving", 0, "")
+
+
 class DownPointers(MemoryPointers):
     """A pointer store that does not answer."""
 
@@ -221,4 +271,4 @@ def test_a_replica_starts_from_the_last_good_version_with_the_store_down(
 
 def test_the_digest_is_of_values_not_of_files(tmp_path: Path, general: Checkpoint) -> None:
     as_fp32 = save_checkpoint(tmp_path / "fp32", general.config, general.weights, dtype=torch.float32)
-    assert as_fp32 == general.digest == digest_of_tensors(load_checkpoint(tmp_path / "fp32").weights)
+    assert as_fp32 == general.digest == load_checkpoint(tmp_path / "fp32").digest

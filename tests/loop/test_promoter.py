@@ -20,7 +20,7 @@ from slipstream.engine.request import Request, SamplingParams
 from slipstream.engine.scheduler import EngineLimits
 from slipstream.errors import ConfigError, PromotionFrozen, StoreUnavailable, UnknownVersion
 from slipstream.learning.shadow import Comparison, compare, score
-from slipstream.models.checkpoint import Checkpoint, digest_of_tensors, load_checkpoint, save_checkpoint
+from slipstream.models.checkpoint import Checkpoint, checkpoint_digest, load_checkpoint, save_checkpoint
 from slipstream.models.decoder import initial_draft
 from slipstream.promoter import Promoter, initial_draft_dir, seed, served_version
 from slipstream.promotion import DomainComparison, EvaluationReport, PromotionGate, decide
@@ -330,7 +330,13 @@ def real_observations() -> list[Observation]:
     observed: list[Observation] = []
     engine = Engine(
         load_checkpoint(MODELS / "mix-moe-11m"),
-        limits=EngineLimits(max_queued_requests=64, num_draft_tokens=4),
+        limits=EngineLimits(
+            max_running_requests=32,
+            max_queued_requests=64,
+            max_step_tokens=512,
+            max_context_tokens=1024,
+            num_draft_tokens=4,
+        ),
         target_digest=TARGET_DIGEST,
         replica_id="replica",
         top_n=16,
@@ -373,7 +379,7 @@ def with_noise(draft: Checkpoint, *, scale: float, seed: int) -> Checkpoint:
         name: tensor * (1 + scale * torch.randn(tensor.shape, generator=generator))
         for name, tensor in draft.weights.items()
     }
-    return Checkpoint(draft.config, weights, digest_of_tensors(weights))
+    return Checkpoint(draft.config, weights, checkpoint_digest(draft.config, weights))
 
 
 def test_the_gate_promotes_a_draft_that_is_truly_better(real_observations: list[Observation]) -> None:

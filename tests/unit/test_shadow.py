@@ -14,7 +14,7 @@ from slipstream.engine.engine import Engine
 from slipstream.engine.request import Request, SamplingParams
 from slipstream.engine.scheduler import EngineLimits
 from slipstream.learning.shadow import Comparison, ReplayScore, by_request, compare, score, simulated_rounds
-from slipstream.models.checkpoint import Checkpoint, digest_of_tensors, load_checkpoint
+from slipstream.models.checkpoint import Checkpoint, checkpoint_digest, load_checkpoint
 from slipstream.models.decoder import initial_draft
 from slipstream.records import Observation
 from slipstream.telemetry import ReplicaMetrics
@@ -65,7 +65,13 @@ def served(draft: Checkpoint, *, temperature: float) -> list[Observation]:
     observed: list[Observation] = []
     engine = Engine(
         load_checkpoint(MODELS / "mix-moe-11m"),
-        limits=EngineLimits(max_queued_requests=32, num_draft_tokens=4),
+        limits=EngineLimits(
+            max_running_requests=32,
+            max_queued_requests=32,
+            max_step_tokens=512,
+            max_context_tokens=1024,
+            num_draft_tokens=4,
+        ),
         target_digest="served",
         replica_id="replica",
         top_n=16,
@@ -115,7 +121,7 @@ def test_overlap_is_one_for_the_target_itself_up_to_what_was_not_kept() -> None:
 
 def test_positions_beyond_the_drafts_table_get_no_candidate() -> None:
     config, weights = initial_draft(VOCAB_SIZE, seed=0)
-    draft = Checkpoint(config, weights, digest_of_tensors(weights))
+    draft = Checkpoint(config, weights, checkpoint_digest(config, weights))
     long = observation("a", num_tokens=config.max_position_embeddings + 20)
     result = score(draft, long, num_draft_tokens=4)
     assert result.num_tokens == config.max_position_embeddings + 20
