@@ -11,7 +11,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -21,6 +21,8 @@ from tokenizers.decoders import ByteLevel
 from services.target.openai_requests import ChatMessage
 from services.target.text_stream import TokenBytes
 from slipstream.errors import CheckpointError, RequestError
+
+_CLOSING: Final = "\ue001"
 
 
 class PromptText:
@@ -38,6 +40,8 @@ class PromptText:
         controls = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         ordered = sorted(controls, key=lambda control: (-len(control), control))
         self._controls = re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+        self._number_of = {control: number for number, control in enumerate(ordered)}
+        self._spelled = [self.encode_plain(control) for control in ordered]
         self.token_bytes = TokenBytes(self._tokenizer)
 
     def encode_raw(self, prompt: str) -> tuple[int, ...]:
@@ -55,24 +59,23 @@ class PromptText:
         """
         if self._template is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
-        spelled: dict[str, str] = {}
-        walled = [{"role": m.role, "content": self._walled(m.content, spelled)} for m in messages]
-        rendered = self._render(walled)
-        if not spelled:
-            return self.encode_raw(rendered)
-        parts = re.split("(" + "|".join(map(re.escape, spelled)) + ")", rendered)
-        ids = [self.encode_plain(spelled[part]) if part in spelled else self.encode_raw(part) for part in parts]
-        return tuple(token_id for part_ids in ids for token_id in part_ids)
+        opening = f"\ue000{secrets.token_hex(8)}:"
+        walled = [{"role": m.role, "content": self._walled(m.content, opening)} for m in messages]
+        first, *rest = self._render(walled).split(opening)
+        ids = list(self.encode_raw(first))
+        for part in rest:
+            number, _, text = part.partition(_CLOSING)
+            ids += self._spelled[_control_number(number)]
+            ids += self.encode_raw(text)
+        return tuple(ids)
 
-    def _walled(self, content: str, spelled: dict[str, str]) -> str:
-        """`content` with every spelling of a control token behind an unguessable mark, noted in `spelled`."""
+    def _walled(self, content: str, opening: str) -> str:
+        """`content` with every spelling of a control token replaced by its number behind `opening`.
 
-        def mark(match: re.Match[str]) -> str:
-            name = f"\ue000{secrets.token_hex(8)}\ue001"
-            spelled[name] = match[0]
-            return name
-
-        return self._controls.sub(mark, content)
+        Nobody can guess an `opening` that is new for every request, so no message can hold one; one mark for all
+        keeps the work linear in the text.
+        """
+        return self._controls.sub(lambda match: f"{opening}{self._number_of[match[0]]}{_CLOSING}", content)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         assert self._template is not None
@@ -81,6 +84,14 @@ class PromptText:
             return self._template.render(messages=messages, add_generation_prompt=True, tools=None, **special)
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from error
+
+
+def _control_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        message = "the chat template cuts into a control token that a message spells; leave it out"
+        raise RequestError(message, param="messages") from error
 
 
 def _load_tokenizer(directory: Path) -> Tokenizer:

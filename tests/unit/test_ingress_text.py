@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,27 @@ def test_a_message_cannot_place_control_tokens(pieces: list[str]) -> None:
     assert TOKENIZER.decode(list(ids[1:-1]), skip_special_tokens=False) == content
 
 
+def test_one_mark_serves_every_control_token_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[str] = []
+
+    def counted(num_bytes: int) -> str:
+        marks.append(token_hex(num_bytes))
+        return marks[-1]
+
+    token_hex = secrets.token_hex
+    monkeypatch.setattr(secrets, "token_hex", counted)
+    spelled = "<|user|>" * 2000
+    ids = PROMPT_TEXT.encode_chat([ChatMessage("user", spelled), ChatMessage("assistant", spelled)])
+    assert len(marks) == 1
+    assert TOKENIZER.decode([one for one in ids if one > ASSISTANT]) == spelled * 2
+
+
+def test_a_message_that_imitates_a_mark_is_taken_as_characters() -> None:
+    content = "\ue0000123456789abcdef:0\ue001<|user|>\ue001"
+    ids = PROMPT_TEXT.encode_chat([ChatMessage("user", content)])
+    assert TOKENIZER.decode(list(ids[1:-1]), skip_special_tokens=False) == content
+
+
 def target_with(tmp_path: Path, **tokenizer_config: object) -> Path:
     shutil.copy(TARGET / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
@@ -117,6 +139,12 @@ def test_a_target_without_template_refuses_chats(tmp_path: Path) -> None:
     prompt_text = PromptText(target_with(tmp_path))
     with pytest.raises(RequestError, match="no chat template; use /v1/completions"):
         prompt_text.encode_chat([ChatMessage("user", "x")])
+
+
+def test_a_template_that_cuts_a_spelled_control_token_is_refused(tmp_path: Path) -> None:
+    prompt_text = PromptText(target_with(tmp_path, chat_template="{{ messages[0].content[:-2] }}"))
+    with pytest.raises(RequestError, match="cuts into a control token"):
+        prompt_text.encode_chat([ChatMessage("user", "<|user|>")])
 
 
 @pytest.mark.parametrize(
