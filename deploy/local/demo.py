@@ -151,7 +151,7 @@ class Demo:
             for row, (domain, queries) in zip(self.rows, self._streams, strict=True):
                 await self._send_one(client, watch, row, queries)
                 row.state = "probing"
-                row.speed = await measure_speed(client, queries, num_prompts=PROBE_PROMPTS)
+                row.speed = await measure_speed(client, queries, num_prompts=PROBE_PROMPTS, errors=row.errors)
                 row.state = row.ending
                 self.screen.say(f"{row.number} {domain}: {' | '.join(row.cells()[2:])}")
         finally:

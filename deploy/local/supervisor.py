@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from urllib.parse import urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -149,7 +150,8 @@ class Supervisor:
 
     def _show_mlflow(self, named: str | None) -> None:
         if named is not None:
-            self._mlflow_url = named if named.startswith("http") else ""
+            place = urlsplit(named)._replace(netloc=urlsplit(named).netloc.rpartition("@")[2])  # no password
+            self._mlflow_url = place.geturl() if named.startswith("http") else ""
             return
         url = f"http://127.0.0.1:{self._mlflow_port}"
         with self._timed("mlflow"):
@@ -157,8 +159,12 @@ class Supervisor:
             stores = ("--backend-store-uri", f"sqlite:///{self._state / 'mlflow.db'}")
             artifacts = ("--default-artifact-root", str(self._state / "artifacts"), "--no-serve-artifacts")
             command = ("-m", "mlflow", "server", *arguments, *stores, *artifacts)
-            self._start("mlflow", *command, niceness=_PAGES_NICENESS)
-            self._wait_for(self._answers(f"{url}/health"), timeout_s=READY_TIMEOUT_S)
+            self._start("mlflow", *command, niceness=_WORKER_NICENESS)
+            try:
+                self._wait_for(self._answers(f"{url}/health"), timeout_s=READY_TIMEOUT_S)
+            except StoreUnavailable as error:
+                say(f"MLflow's pages are not up, everything else is: {error}")
+                return
         self._mlflow_url = url
         say(f"    MLflow   {url}")
 
@@ -187,14 +193,13 @@ class Supervisor:
     def _supervise(self) -> None:
         """Start again what has ended, each after its pause."""
         if self._valkey is not None and not self._valkey.is_running():
-            say("valkey ended; starting it again")
-            self._valkey = start_valkey(self._state / "valkey")
+            self._restart_valkey()
         now = time.monotonic()
         for child in self._children:
             code = child.exit_code()
             if code is None:
                 continue
-            if code == _CONFIG_EXIT_CODE:
+            if code == _CONFIG_EXIT_CODE and child.num_starts == 1 and now - child.started_at < STEADY_S:
                 raise ConfigError(f"{child.name} refused its configuration: {child.last_line()}")
             if child.name not in self._resting:
                 pause_s = self._next_pause(child, now)
@@ -204,6 +209,13 @@ class Supervisor:
                 self._last_pause[child.name] = self._resting.pop(child.name)[1]
                 end_marked(self._state, part=child.name, timeout_s=5.0)  # what it left would hold its port
                 child.start(directory=ROOT)
+
+    def _restart_valkey(self) -> None:
+        say("valkey ended; starting it again")
+        try:
+            self._valkey = start_valkey(self._state / "valkey")
+        except StoreUnavailable as error:
+            say(f"valkey does not start, serving goes on without it: {error}")
 
     def _next_pause(self, child: Child, now: float) -> float:
         was_steady = now - child.started_at > STEADY_S

@@ -112,13 +112,19 @@ async def send_stream(
     await asyncio.gather(*(sender() for _ in range(concurrency)))
 
 
-async def measure_speed(client: Client, queries: Iterator[Query], *, num_prompts: int) -> Speed | None:
-    """Ask the same prompts with and without speculation, in alternating order; None if one failed or none are left."""
+async def measure_speed(
+    client: Client, queries: Iterator[Query], *, num_prompts: int, errors: list[str]
+) -> Speed | None:
+    """Ask the same prompts with and without speculation, in alternating order.
+
+    None if no prompt is left or a request failed, which then stands in `errors`.
+    """
     totals = {True: [0, 0.0], False: [0, 0.0]}
     for number, query in enumerate(islice(queries, num_prompts)):
         for speculate in (True, False) if number % 2 == 0 else (False, True):
             outcome = await client.ask(query, domain=PROBE_DOMAIN, speculate=speculate, train=False)
             if outcome.error:
+                errors.append(outcome.error)
                 return None
             totals[speculate][0] += outcome.num_tokens
             totals[speculate][1] += outcome.seconds
