@@ -18,6 +18,12 @@ Kind = Literal["completion", "chat"]
 MAX_STOP_STRINGS: Final = 4
 MAX_STOP_CHARACTERS: Final = 256
 DEFAULT_COMPLETION_TOKENS: Final = 16
+MAX_INTEGER: Final = 2**31 - 1
+"""Of counts and token ids; what the model has room for is checked later."""
+
+MIN_TEMPERATURE: Final = 1e-4
+"""What is below it is taken as 0: sampling is as good as greedy there, and logits divided by it may overflow."""
+
 ROLES: Final = ("system", "developer", "user", "assistant")
 
 _HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -53,8 +59,9 @@ class ChatMessage(msgspec.Struct, frozen=True):
 class GenerationCall(msgspec.Struct, frozen=True, kw_only=True):
     """A checked request body.
 
-    `prompt` is text, token ids or messages (a chat). `max_tokens` None means: the rest of the context. `top_k` 0 and
-    `top_p` 1 switch the filters off; `seed` None asks for a random one.
+    `prompt` is text, token ids or messages (a chat). `max_tokens` None means: the rest of the context. `temperature` is
+    0 (greedy) or at least MIN_TEMPERATURE. `top_k` 0 and `top_p` 1 switch the filters off; `seed` None asks for a
+    random one.
     """
 
     kind: Kind
@@ -73,14 +80,15 @@ class GenerationCall(msgspec.Struct, frozen=True, kw_only=True):
 def parse_completion(data: bytes) -> GenerationCall:
     """The body of `POST /v1/completions`; raises RequestError naming the field, value seen and value expected."""
     body = _json_object(data)
-    max_tokens = _integer(body, "max_tokens", low=1)
+    max_tokens = _integer(body, "max_tokens", low=1, high=MAX_INTEGER)
     return _call(body, kind="completion", prompt=_prompt(body), max_tokens=max_tokens or DEFAULT_COMPLETION_TOKENS)
 
 
 def parse_chat(data: bytes) -> GenerationCall:
     """The body of `POST /v1/chat/completions`; raises RequestError like `parse_completion`."""
     body = _json_object(data)
-    old, new = _integer(body, "max_tokens", low=1), _integer(body, "max_completion_tokens", low=1)
+    old = _integer(body, "max_tokens", low=1, high=MAX_INTEGER)
+    new = _integer(body, "max_completion_tokens", low=1, high=MAX_INTEGER)
     if old is not None and new is not None and old != new:
         raise RequestError(
             f"max_tokens is {old} and max_completion_tokens is {new}: expected one of them, or the same value",
@@ -101,7 +109,6 @@ def _call(
     if model is None:
         raise RequestError("model is missing, expected the name that GET /v1/models lists", param="model")
     seed = _integer(body, "seed", low=0, high=2**63 - 1)
-    temperature = _number(body, "temperature", low=0.0, high=2.0)
     top_p = _number(body, "top_p", low=0.0, high=1.0)
     if top_p == 0:
         raise RequestError("top_p is 0, expected a number above 0 and at most 1", param="top_p")
@@ -111,14 +118,21 @@ def _call(
         model=model,
         prompt=prompt,
         max_tokens=max_tokens,
-        temperature=1.0 if temperature is None else temperature,
+        temperature=_temperature(body),
         top_p=1.0 if top_p is None else top_p,
-        top_k=_integer(body, "top_k", low=0) or 0,
+        top_k=_integer(body, "top_k", low=0, high=MAX_INTEGER) or 0,
         seed=seed,
         stop=_stop(body),
         stream=stream,
         include_usage=_include_usage(body, stream=stream),
     )
+
+
+def _temperature(body: Mapping[str, Any]) -> float:
+    temperature = _number(body, "temperature", low=0.0, high=2.0)
+    if temperature is None:
+        return 1.0
+    return 0.0 if temperature < MIN_TEMPERATURE else temperature
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
@@ -148,7 +162,7 @@ def _prompt(body: Mapping[str, Any]) -> str | tuple[int, ...]:
         value = value[0]
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, list) and value and all(_is_integer(item) and item >= 0 for item in value):
+    if isinstance(value, list) and value and all(_is_integer(item) and 0 <= item <= MAX_INTEGER for item in value):
         return tuple(value)
     if value in (None, "", []):
         raise RequestError(
@@ -230,13 +244,12 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _integer(body: Mapping[str, Any], field: str, *, low: int, high: int | None = None) -> int | None:
+def _integer(body: Mapping[str, Any], field: str, *, low: int, high: int) -> int | None:
     value = body.get(field)
     if value is None:
         return None
-    if not _is_integer(value) or value < low or (high is not None and value > high):
-        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{field} is {_shown(value)}, expected an integer {limits}", param=field)
+    if not _is_integer(value) or not low <= value <= high:
+        raise RequestError(f"{field} is {_shown(value)}, expected an integer from {low} to {high}", param=field)
     return int(value)
 
 

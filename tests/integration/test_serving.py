@@ -117,7 +117,7 @@ def test_a_wrong_key_is_turned_away(serving: Serving) -> None:
 BAD_INPUT: list[tuple[str, dict[str, Any], int, str]] = [
     ("unknown model", {"model": "gpt-5"}, 404, f"model is 'gpt-5', expected '{MODEL}'"),
     ("empty prompt", {"prompt": ""}, 400, "prompt is empty, expected text or token ids"),
-    ("negative max_tokens", {"max_tokens": -1}, 400, "max_tokens is -1, expected an integer of at least 1"),
+    ("negative max_tokens", {"max_tokens": -1}, 400, "max_tokens is -1, expected an integer from 1 to 2147483647"),
     ("huge max_tokens", {"max_tokens": 10**9}, 400, "max_tokens is 1000000000, expected at most 1004"),
     ("prompt over the context", {"prompt": [5] * 2000}, 400, "prompt has 2000 tokens, expected 1 to 1023"),
     ("wrong type", {"temperature": "hot"}, 400, 'temperature is "hot", expected a number from 0 to 2'),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.target.openai_requests import ChatMessage, parse_chat, parse_completion
+from services.target.openai_requests import MIN_TEMPERATURE, ChatMessage, parse_chat, parse_completion
 from slipstream.errors import RequestError
 
 
@@ -65,6 +65,15 @@ def test_either_name_of_the_limit_is_read_and_a_contradiction_is_refused() -> No
         parse_chat(chat(max_tokens=4, max_completion_tokens=5))
 
 
+@pytest.mark.parametrize("temperature", [0, -0.0, 5e-324, 1e-310, 9.9e-5])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
+    assert str(parse_completion(completion(temperature=temperature)).temperature) == "0.0"
+
+
+def test_the_smallest_temperature_that_samples_is_kept() -> None:
+    assert parse_completion(completion(temperature=MIN_TEMPERATURE)).temperature == MIN_TEMPERATURE == 1e-4
+
+
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": ""}, "prompt", "prompt is empty"),
     ({"prompt": []}, "prompt", "prompt is empty"),
@@ -75,7 +84,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [True]}, "prompt", r"prompt is \[true\]"),
     ({"model": None}, "model", "model is missing"),
     ({"model": 3}, "model", "model is 3, expected a string"),
-    ({"max_tokens": 0}, "max_tokens", "max_tokens is 0, expected an integer of at least 1"),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens is 0, expected an integer from 1 to 2147483647"),
     ({"max_tokens": -5}, "max_tokens", "max_tokens is -5"),
     ({"max_tokens": 1.5}, "max_tokens", "max_tokens is 1.5"),
     ({"max_tokens": "many"}, "max_tokens", 'max_tokens is "many"'),
@@ -86,8 +95,16 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_p": 0}, "top_p", "top_p is 0, expected a number above 0"),
     ({"top_p": 1.1}, "top_p", "top_p is 1.1"),
     ({"top_k": -1}, "top_k", "top_k is -1"),
+    ({"top_k": 2**31}, "top_k", "top_k is 2147483648, expected an integer from 0 to 2147483647"),
+    ({"top_k": 10**22}, "top_k", "top_k is 10000000000000000000000, expected an integer from 0 to 2147483647"),
+    ({"top_k": 10**4000}, "top_k", r"top_k is 10+\.\.\., expected"),
     ({"seed": -1}, "seed", "seed is -1"),
     ({"seed": 2**63}, "seed", "seed is 9223372036854775808"),
+    ({"seed": 10**4000}, "seed", r"seed is 10+\.\.\., expected"),
+    ({"temperature": 10**4000}, "temperature", r"temperature is 10+\.\.\., expected"),
+    ({"top_p": 10**4000}, "top_p", r"top_p is 10+\.\.\., expected"),
+    ({"max_tokens": 10**4000}, "max_tokens", r"max_tokens is 10+\.\.\., expected"),
+    ({"prompt": [10**4000]}, "prompt", r"prompt is \[10+\.\.\., expected"),
     ({"stop": ["a"] * 5}, "stop", "stop has 5 strings, expected at most 4"),
     ({"stop": [""]}, "stop", "0 characters"),
     ({"stop": 3}, "stop", "stop is 3"),
