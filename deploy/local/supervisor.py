@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from urllib.parse import urlsplit
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -159,7 +158,7 @@ class Supervisor:
             stores = ("--backend-store-uri", f"sqlite:///{self._state / 'mlflow.db'}")
             artifacts = ("--default-artifact-root", str(self._state / "artifacts"), "--no-serve-artifacts")
             command = ("-m", "mlflow", "server", *arguments, *stores, *artifacts)
-            self._start("mlflow", *command, niceness=_WORKER_NICENESS)
+            self._start("mlflow", *command, niceness=_PAGES_NICENESS)
             try:
                 self._wait_for(self._answers(f"{url}/health"), timeout_s=READY_TIMEOUT_S)
             except StoreUnavailable as error:
