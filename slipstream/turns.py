@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from prometheus_client import start_http_server
@@ -54,6 +54,22 @@ def run_turns(turn: Callable[[], bool], *, stop: threading.Event, metrics: Worke
             stop.wait(0.0 if is_busy else idle_s)
             continue
         stop.wait(pause_s)
+
+
+def run_parts(parts: Sequence[Callable[[], bool]]) -> bool:
+    """Call the parts of one turn in order; whether any of them did something.
+
+    A store that is down stops only the part that needs it: the first StoreUnavailable is raised at the end.
+    """
+    is_busy, outages = False, []
+    for part in parts:
+        try:
+            is_busy |= part()
+        except StoreUnavailable as error:
+            outages.append(error)
+    if outages:
+        raise outages[0]
+    return is_busy
 
 
 def stop_on_signals() -> threading.Event:

@@ -32,7 +32,10 @@ class Subscription(Protocol):
     """
 
     def poll(self, *, max_records: int, timeout_s: float) -> list[LogEntry]:
-        """Up to `max_records` further entries, in offset order per partition; empty after `timeout_s` without one."""
+        """Up to `max_records` further entries, in offset order per partition; empty after `timeout_s` without one.
+
+        After StoreUnavailable nothing counts as delivered: what a lost reply held comes with the next call.
+        """
 
     def commit(self, ends: Mapping[int, int]) -> None:
         """Durably mark everything below `ends[partition]` as processed; partitions left out stay as they are.

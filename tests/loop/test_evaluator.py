@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from slipstream.promoter import advance
 from slipstream.promotion import PromotionGate, decide
 from slipstream.records import encode, is_held_out
 from slipstream.stores.memory import MemoryLog, MemoryPointers, MemoryRegistry
+from slipstream.stores.protocols import LogEntry
 from slipstream.telemetry import WorkerMetrics
 from slipstream.versions import DEFAULT_DOMAIN, Lineage, ModelVersion
 from tests.observed import TARGET_DIGEST, VOCAB_SIZE, observation, of_another_target
@@ -200,5 +203,50 @@ def test_an_outage_between_reading_and_committing_keeps_what_was_read(tmp_path: 
         room.run()
     subscription.commit = commit  # type: ignore[method-assign]
     room.run()
-    assert subscription.lag() == 0
+    assert room.log.subscribe("evaluator").lag() == 0
     assert len(ReplayBuffer(tmp_path / "held-out", max_per_domain=50)) == 9
+
+
+def test_a_lost_membership_is_joined_again_instead_of_refused_for_ever(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:3])
+    room.worker.turn()
+    subscription = room.worker._subscription
+    assert subscription is not None
+
+    commit, poll, is_member = subscription.commit, subscription.poll, False
+
+    def commit_as_member(ends: Mapping[int, int]) -> None:
+        if not is_member:
+            raise StoreUnavailable("the group went on without this member")
+        commit(ends)
+
+    def poll_and_join(**limits: Any) -> list[LogEntry]:
+        nonlocal is_member
+        entries = poll(**limits)
+        # Joining takes longer than the first poll.
+        is_member = not entries
+        return entries
+
+    subscription.commit = commit_as_member  # type: ignore[method-assign]
+    subscription.poll = poll_and_join  # type: ignore[method-assign]
+    room.send(HELD_OUT[3:8])
+    with pytest.raises(StoreUnavailable):
+        room.run()
+    room.run()
+    assert subscription.lag() == 0
+    assert len(ReplayBuffer(tmp_path / "held-out", max_per_domain=50)) == 8
+
+
+def test_an_outage_of_the_registry_silences_neither_the_reading_nor_the_reports(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+
+    def fail(*place: object) -> int:
+        raise StoreUnavailable("injected outage; wait")
+
+    room.registry.alias = fail  # type: ignore[method-assign, assignment]
+    room.send(HELD_OUT[:5])
+    with pytest.raises(StoreUnavailable):
+        room.worker.turn()
+    assert [one.worker for one in room.pointers.workers()] == ["evaluator"]
+    assert room.log.subscribe("evaluator").lag() == 0

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from slipstream.config import Settings, log_kind
-from slipstream.errors import StoreUnavailable
 from slipstream.learning.distiller import Curriculum, Distiller
 from slipstream.learning.replay import ReplayBuffer
 from slipstream.models.checkpoint import target_digest
@@ -20,7 +18,7 @@ from slipstream.promoter import initial_draft_dir
 from slipstream.stores.opening import ARTIFACTS, open_log, open_pointers, open_registry
 from slipstream.stores.protocols import ObservationLog, PointerStore, Subscription, WorkerStatus
 from slipstream.telemetry import WorkerMetrics
-from slipstream.turns import run_turns, serve_metrics, stop_on_signals
+from slipstream.turns import run_parts, run_turns, serve_metrics, stop_on_signals
 
 NAME = "distiller"
 _NICENESS = 10
@@ -59,16 +57,7 @@ class DistillerWorker:
         if not self._is_resumed:
             self._distiller.resume()
             self._is_resumed = True
-        is_busy, outages = False, []
-        parts: tuple[Callable[[], bool], ...] = (self._read, self._train, self._publish, self._report)
-        for part in parts:
-            try:
-                is_busy |= part()
-            except StoreUnavailable as error:
-                outages.append(error)
-        if outages:
-            raise outages[0]
-        return is_busy
+        return run_parts((self._read, self._train, self._publish, self._report))
 
     def close(self) -> None:
         """Leave the consumer group."""

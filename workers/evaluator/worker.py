@@ -16,7 +16,7 @@ from slipstream.models.config import read_config
 from slipstream.stores.opening import ARTIFACTS, open_log, open_pointers, open_registry
 from slipstream.stores.protocols import ObservationLog, PointerStore, Subscription, WorkerStatus
 from slipstream.telemetry import WorkerMetrics
-from slipstream.turns import run_turns, serve_metrics, stop_on_signals
+from slipstream.turns import run_parts, run_turns, serve_metrics, stop_on_signals
 
 NAME = "evaluator"
 _NICENESS = 10
@@ -40,33 +40,40 @@ class EvaluatorWorker:
         self._reported_at = float("-inf")
 
     def turn(self) -> bool:
-        """Read, commit, judge, report; whether anything was done. Raises StoreUnavailable, then call again."""
-        if self._subscription is None:
-            self._subscription = self._log.subscribe(NAME)
-        if not self._uncommitted:
-            entries = self._subscription.poll(max_records=_MAX_POLL, timeout_s=_POLL_S)
-            self._uncommitted = self._evaluator.ingest(entries)
-        is_busy = bool(self._uncommitted)
-        if self._uncommitted:
-            self._subscription.commit(self._uncommitted)
-            self._evaluator.settle(self._uncommitted)
-            self._uncommitted = {}
-        is_busy |= self._evaluator.evaluate() is not None
-        self._report(self._subscription)
-        return is_busy
+        """Read and commit, judge, report; whether anything was done.
+
+        A store that is down stops only the part that needs it: the first StoreUnavailable is raised at the end.
+        """
+        return run_parts((self._read, self._judge, self._report))
 
     def close(self) -> None:
         """Leave the consumer group."""
         if self._subscription is not None:
             self._subscription.close()
 
-    def _report(self, subscription: Subscription) -> None:
-        if time.monotonic() - self._reported_at < _REPORT_EVERY_S:
-            return
-        lag = subscription.lag()
+    def _read(self) -> bool:
+        if self._subscription is None:
+            self._subscription = self._log.subscribe(NAME)
+        entries = self._subscription.poll(max_records=_MAX_POLL, timeout_s=_POLL_S)
+        self._uncommitted |= self._evaluator.ingest(entries)
+        if self._uncommitted:
+            # After a failure the next turn polls before it commits again: only a poll joins a group that was lost.
+            self._subscription.commit(self._uncommitted)
+            self._evaluator.settle(self._uncommitted)
+            self._uncommitted = {}
+        return bool(entries)
+
+    def _judge(self) -> bool:
+        return self._evaluator.evaluate() is not None
+
+    def _report(self) -> bool:
+        if time.monotonic() - self._reported_at < _REPORT_EVERY_S or self._subscription is None:
+            return False
+        lag = self._subscription.lag()
         self._metrics.lag.set(lag)
         self._pointers.report_worker(WorkerStatus(worker=NAME, lag=lag, detail=self._evaluator.detail, at=time.time()))
         self._reported_at = time.monotonic()
+        return False
 
 
 def run(settings: Settings) -> None:
