@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -30,9 +31,14 @@ from slipstream.telemetry import ReplicaMetrics
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 
 MAX_BODY_BYTES: Final = 4 * 2**20
+MAX_BYTES_ON_THE_LOOP: Final = 4096
+"""Longer texts are parsed and tokenized in a thread: 4 KiB take up to 2 ms of the event loop, which all share."""
+
 _MODEL_PREFIX: Final = "/v1/models/"
 _DOMAIN: Final = re.compile(r"[a-z0-9_-]{1,32}")
 
+_A = TypeVar("_A")
+_R = TypeVar("_R")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
@@ -93,8 +99,11 @@ class Ingress:
 
     async def _generate(self, http: HttpRequest, parse: Callable[[bytes], GenerationCall]) -> Response:
         arrived_at = time.monotonic()
-        call = parse(await _read_body(http))
-        request = self._request(call, http, arrived_at=arrived_at)
+        body = await _read_body(http)
+        call = await _beside_the_loop(parse, body, size=len(body))
+        self._check_model(call.model)
+        prompt_ids = await self._prompt_ids(call)
+        request = self._request(call, prompt_ids, http, arrived_at=arrived_at)
         text = TextStream(self._prompt_text.token_bytes, call.stop)
         headers = self._version_headers()
         answer = answers.answer_for(call, request_id=request.request_id, created=int(time.time()))
@@ -104,16 +113,16 @@ class Ingress:
             events = _events(answer, generation, http, num_prompt=num_prompt)
             return EventStream(events, on_close=generation.close, headers=headers)
         try:
-            body = await while_connected(http.receive, _whole(answer, generation, num_prompt=num_prompt))
+            whole = await while_connected(http.receive, _whole(answer, generation, num_prompt=num_prompt))
         finally:
             generation.close()
-        return Response(body, headers=headers, media_type="application/json")
+        return Response(whole, headers=headers, media_type="application/json")
 
-    def _request(self, call: GenerationCall, http: HttpRequest, *, arrived_at: float) -> Request:
+    def _request(
+        self, call: GenerationCall, prompt_ids: tuple[int, ...], http: HttpRequest, *, arrived_at: float
+    ) -> Request:
         """The engine's request; its id is always ours, so that two callers can never share one."""
-        self._check_model(call.model)
         caller: Caller = http.scope[CALLER]
-        prompt_ids = self._prompt_ids(call)
         sampling = SamplingParams(
             seed=secrets.randbits(63) if call.seed is None else call.seed,
             max_tokens=self._max_tokens(call, len(prompt_ids)),
@@ -139,28 +148,46 @@ class Ingress:
                 f"model is {name[:64]!r}, expected {self._model.name!r}; see GET /v1/models", param="model"
             )
 
-    def _prompt_ids(self, call: GenerationCall) -> tuple[int, ...]:
-        prompt = call.prompt
+    async def _prompt_ids(self, call: GenerationCall) -> tuple[int, ...]:
+        prompt, text = call.prompt, self._prompt_text
         if isinstance(prompt, str):
-            return self._prompt_text.encode_raw(prompt)
+            size = self._checked_size([prompt], "prompt")
+            return await _beside_the_loop(text.encode_raw, prompt, size=size)
+        if isinstance(prompt[0], int):
+            self._check_room(len(prompt), "prompt")
         ids = tuple(item for item in prompt if isinstance(item, int))
         if not ids:
-            return self._prompt_text.encode_chat([item for item in prompt if not isinstance(item, int)])
+            messages = [item for item in prompt if not isinstance(item, int)]
+            size = self._checked_size([message.content for message in messages], "messages")
+            return await _beside_the_loop(text.encode_chat, messages, size=size)
         if max(ids) >= self._model.vocab_size:
             size = self._model.vocab_size
             raise RequestError(f"prompt has token id {max(ids)}, expected ids from 0 to {size - 1}", param="prompt")
         return ids
 
+    def _checked_size(self, texts: Sequence[str], field: str) -> int:
+        """Bytes of these texts; refused, before the work of tokenizing them, if they cannot fit the context."""
+        context, longest = self._model.max_context_tokens, self._prompt_text.token_bytes.longest
+        size = sum(len(text.encode()) for text in texts)
+        if size > context * longest:
+            raise RequestError(
+                f"{field} has {size} bytes, expected at most {context * longest}: the context holds {context} tokens "
+                f"of at most {longest} bytes; shorten it",
+                param=field,
+            )
+        if len(texts) > context:
+            raise RequestError(
+                f"{field} has {len(texts)} entries, expected at most {context}: each takes one token of the context "
+                "or more; send fewer",
+                param=field,
+            )
+        return size
+
     def _max_tokens(self, call: GenerationCall, num_prompt: int) -> int:
         """The answer's length limit; prompt and answer must fit the context together."""
         context = self._model.max_context_tokens
         prompt_field = "messages" if call.kind == "chat" else "prompt"
-        if not 0 < num_prompt < context:
-            raise RequestError(
-                f"{prompt_field} has {num_prompt} tokens, expected 1 to {context - 1}: the context holds {context} "
-                "with the answer; shorten it",
-                param=prompt_field,
-            )
+        self._check_room(num_prompt, prompt_field)
         room = context - num_prompt
         if call.max_tokens is None:
             return room
@@ -171,6 +198,15 @@ class Ingress:
                 param="max_tokens",
             )
         return call.max_tokens
+
+    def _check_room(self, num_prompt: int, field: str) -> None:
+        context = self._model.max_context_tokens
+        if not 0 < num_prompt < context:
+            raise RequestError(
+                f"{field} has {num_prompt} tokens, expected 1 to {context - 1}: the context holds {context} with the "
+                "answer; shorten it",
+                param=field,
+            )
 
     def _version_headers(self) -> dict[str, str]:
         """The versions that serve as the answer starts; a long answer may outlive them."""
@@ -225,6 +261,13 @@ async def _events(
         + answers.usage_event(answer, counts)
         + answers.STREAM_END
     )
+
+
+async def _beside_the_loop(work: Callable[[_A], _R], argument: _A, *, size: int) -> _R:
+    """`work(argument)`, in a thread if its `size` in bytes is so large that every other request would wait for it."""
+    if size <= MAX_BYTES_ON_THE_LOOP:
+        return work(argument)
+    return await asyncio.to_thread(work, argument)
 
 
 async def _read_body(http: HttpRequest) -> bytes:

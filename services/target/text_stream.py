@@ -13,7 +13,10 @@ from tokenizers import Tokenizer
 
 
 class TokenBytes:
-    """The bytes that each token of a byte-level BPE vocabulary stands for; special tokens stand for none."""
+    """The bytes that each token of a byte-level BPE vocabulary stands for; special tokens stand for none.
+
+    `longest` is the length in bytes of the longest token as a prompt spells it, special tokens included.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         byte_of = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
@@ -25,6 +28,7 @@ class TokenBytes:
                 self._bytes.append(b"" if token.special else token.content.encode())
             else:
                 self._bytes.append(_token_bytes(tokenizer.id_to_token(token_id) or "", byte_of))
+        self.longest = max(map(len, [*self._bytes, *(token.content.encode() for token in added.values())]), default=0)
 
     def __getitem__(self, token_id: int) -> bytes:
         """The bytes of a token; none for an id beyond the tokenizer (a padded vocabulary)."""
