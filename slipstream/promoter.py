@@ -60,7 +60,7 @@ class Promoter:
         """Reconcile, then decide on the challenger; the decision if it is a new one."""
         if self._fencing_token is None:
             self._fencing_token = self._pointers.issue_fencing_token()
-        pointer = self._pointers.read(ROLE, self._domain)
+        pointer = self._pointers.read(ROLE, self._domain) or self._restore()
         reconcile_champion(self._registry, pointer, domain=self._domain)
         challenger = self._challenger(pointer)
         if challenger is None:
@@ -74,6 +74,13 @@ class Promoter:
         if not self._record(decision):
             return None
         return decision
+
+    def _restore(self) -> ServingPointer | None:
+        """Set the pointer that an emptied store has lost; None if there was none or it may not be set now."""
+        version = lost_version(
+            self._pointers, self._registry, target_digest=self._target_digest, domain=self._domain
+        )
+        return version and self._move(version, after=None, reason="restored: the pointer store was empty")
 
     def _challenger(self, pointer: ServingPointer | None) -> ModelVersion | None:
         """The version that wants to be promoted and may be, or None."""
@@ -98,22 +105,21 @@ class Promoter:
         if frozen is not None:
             self._say(f"version {challenger.version} passes the gate, but promotion is frozen: {frozen}")
             return False
+        return self._move(challenger, after=pointer, reason=decision.reason) is not None
+
+    def _move(self, version: ModelVersion, *, after: ServingPointer | None, reason: str) -> ServingPointer | None:
+        """Point at a version; None if that is not allowed now, which the log says once."""
+        token = self._fencing_token or 0
         try:
-            moved = advance(
-                self._pointers,
-                challenger,
-                after=pointer,
-                fencing_token=self._fencing_token or 0,
-                reason=decision.reason,
-            )
+            moved = advance(self._pointers, version, after=after, fencing_token=token, reason=reason)
         except (StalePointer, StaleFence, PromotionFrozen) as error:
-            self._say(f"version {challenger.version} is not promoted now: {error}")
+            self._say(f"version {version.version} is not served now: {error}")
             if isinstance(error, StaleFence) and self._pointers.frozen() is None:
                 self._fencing_token = None
-            return False
+            return None
         _logger.info("generation %d serves draft version %d: %s", moved.generation, moved.version, moved.reason)
         self._said = ""
-        return True
+        return moved
 
     def _record(self, decision: PromotionDecision) -> bool:
         """Record and reconcile after a decision; False if the newest recorded one says the same."""
@@ -139,6 +145,27 @@ def served_version(pointer: ServingPointer | None, target_digest: str) -> int:
     """The version that serves this target: 0 for none, also where the pointer belongs to another target."""
     is_ours = pointer is not None and pointer.target_digest == target_digest
     return pointer.version if pointer is not None and is_ours else NO_VERSION
+
+
+def lost_version(
+    pointers: PointerStore, registry: ModelRegistry, *, target_digest: str, domain: str
+) -> ModelVersion | None:
+    """What a pointer store without a pointer last named for this target, as far as others remember; None for no draft.
+
+    Replicas go on with what they last applied and say so, and what they say comes first: the champion alias does not
+    follow the pointer to version 0.
+    """
+    heard = [one for one in pointers.acknowledgements(ROLE, domain) if one.generation > 0]
+    newest = max(heard, key=lambda one: one.generation, default=None)
+    number = registry.alias(ROLE, domain, "champion") if newest is None else newest.version
+    if not number:
+        return None
+    try:
+        version = registry.get(ROLE, domain, number)
+    except UnknownVersion as error:
+        _logger.warning("the pointer cannot be restored: %s", error)
+        return None
+    return version if version.lineage.target_digest == target_digest else None
 
 
 def advance(
@@ -202,12 +229,14 @@ def seed(
     vocab_size: int,
     domain: str = DEFAULT_DOMAIN,
 ) -> ServingPointer | None:
-    """Register a draft that exists already and point at it, if there is no pointer yet; what was set, or None.
+    """Register a draft that exists already and point at it, if there never was a pointer; what was set, or None.
 
     Raises CheckpointError or ArtifactRejected for a directory that cannot serve. A crash in between is made good by
     the next call: registration is idempotent.
     """
     if pointers.read(ROLE, domain) is not None:
+        return None
+    if lost_version(pointers, registry, target_digest=target_digest, domain=domain) is not None:
         return None
     draft = load_checkpoint(draft_dir)
     check_draft(draft, vocab_size=vocab_size)

@@ -30,7 +30,10 @@ def rollback(
     fencing_token = pointers.issue_fencing_token()
     history = pointers.history(role, domain, limit=HISTORY_LIMIT)
     if not history:
-        raise UnknownVersion(f"{role} {domain!r} has no pointer yet, so there is nothing to roll back")
+        raise UnknownVersion(
+            f"the store holds no pointer of {role} {domain!r}, so there is nothing to roll back to: none was ever set, "
+            "or the store lost its data; in that case the promoter sets it again: start it if it is down, then repeat"
+        )
     current = history[0]
     wanted = _previous_version(history) if to_version is None else to_version
     place = _place_of(history, wanted)

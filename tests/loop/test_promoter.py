@@ -30,7 +30,7 @@ from slipstream.stores.memory import MemoryPointers, MemoryRegistry
 from slipstream.stores.protocols import PointerStore
 from slipstream.stores.redis import RedisPointers
 from slipstream.telemetry import ReplicaMetrics, WorkerMetrics
-from slipstream.versions import DEFAULT_DOMAIN, Lineage, ModelVersion
+from slipstream.versions import DEFAULT_DOMAIN, Acknowledgement, Lineage, ModelVersion
 from tests.observed import TARGET_DIGEST, VOCAB_SIZE
 from tests.servers import ValkeyServer
 
@@ -249,7 +249,7 @@ def test_a_second_rollback_goes_further_back_and_the_last_one_to_no_draft(
 
 def test_rollback_to_what_was_never_served_is_refused(tmp_path: Path, pointers: PointerStore) -> None:
     stage = Stage(tmp_path, pointers)
-    with pytest.raises(UnknownVersion, match="no pointer yet"):
+    with pytest.raises(UnknownVersion, match="holds no pointer.*the promoter sets it again"):
         rollback(pointers, role="draft", domain=DEFAULT_DOMAIN)
     stage.promote(1)
     with pytest.raises(UnknownVersion, match=r"expected one of \[0, 1\]"):
@@ -281,6 +281,76 @@ def test_a_promoter_that_decided_before_the_rollback_cannot_undo_it(tmp_path: Pa
     )
     assert slow.turn() is None
     assert stage.served() == (3, 1)
+
+
+def acknowledge(pointers: PointerStore, *, version: int, generation: int) -> None:
+    word = Acknowledgement(
+        replica_id="replica",
+        role="draft",
+        domain=DEFAULT_DOMAIN,
+        version=version,
+        digest="",
+        generation=generation,
+        state="serving",
+        error="",
+        at=time.time(),
+    )
+    pointers.acknowledge(word)
+
+
+def test_a_pointer_store_that_came_back_empty_gets_the_champion_again_and_no_initial_draft(
+    tmp_path: Path, pointers: PointerStore
+) -> None:
+    stage = Stage(tmp_path, MemoryPointers())
+    stage.promote(2)
+    stage.add(gain=None)
+    stage.pointers = pointers
+    general = MODELS / "draft-2m-general"
+    assert seed(pointers, stage.registry, general, target_digest=TARGET_DIGEST, vocab_size=VOCAB_SIZE) is None
+    assert stage.start().turn() is None
+    pointer = pointers.read(*DRAFT)
+    assert pointer is not None
+    assert (pointer.generation, pointer.version) == (1, 2)
+    assert pointer.reason == "restored: the pointer store was empty"
+    assert pointer.digest == stage.registry.get(*DRAFT, 2).digest
+
+
+def test_what_replicas_run_is_restored_rather_than_the_champion(tmp_path: Path, pointers: PointerStore) -> None:
+    stage = Stage(tmp_path, MemoryPointers())
+    stage.promote(2)
+    stage.pointers = pointers
+    acknowledge(pointers, version=0, generation=7)
+    stage.start().turn()
+    assert pointers.read(*DRAFT) is None
+    acknowledge(pointers, version=1, generation=8)
+    stage.start().turn()
+    # The champion is the challenger of what was restored, with a report that lets it pass.
+    assert [one.version for one in pointers.history(*DRAFT, limit=2)] == [2, 1]
+
+
+def test_a_replica_that_never_had_a_pointer_and_a_champion_of_another_target_restore_nothing(
+    tmp_path: Path, pointers: PointerStore
+) -> None:
+    stage = Stage(tmp_path, pointers)
+    acknowledge(pointers, version=0, generation=0)
+    stage.promoter.turn()
+    foreign = stage.add(gain=None, target_digest="0" * 64)
+    stage.registry.set_alias(*DRAFT, "champion", foreign.version)
+    stage.promoter.turn()
+    assert pointers.read(*DRAFT) is None
+
+
+def test_an_empty_store_stays_empty_while_promotion_is_frozen(tmp_path: Path, pointers: PointerStore) -> None:
+    stage = Stage(tmp_path, MemoryPointers())
+    stage.promote(1)
+    stage.pointers = pointers
+    pointers.freeze("by hand")
+    promoter = stage.start()
+    promoter.turn()
+    assert pointers.read(*DRAFT) is None
+    pointers.unfreeze()
+    promoter.turn()
+    assert stage.served() == (1, 1)
 
 
 def test_the_first_start_serves_the_initial_draft_and_a_later_start_changes_nothing(
