@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import msgspec
 
 from slipstream.promotion import PromotionDecision
-from slipstream.stores.protocols import PointerStore, WorkerStatus
+from slipstream.stores.protocols import ACKNOWLEDGEMENT_TTL_S, PointerStore, WorkerStatus
 from slipstream.versions import Acknowledgement, Role, ServingPointer
 
 SILENT_AFTER_S = 120.0
@@ -47,10 +47,15 @@ def read_status(pointers: PointerStore, *, role: Role, domain: str, at: float) -
 
 
 def problems(status: Status) -> list[str]:
-    """What is not as it should be, one line each; empty when every replica runs what the pointer says."""
+    """What is not as it should be, one line each; empty when replicas and workers are heard and run what they should.
+
+    No pointer yet is no problem: before the first promotion replicas acknowledge version 0.
+    """
     found = [problem for one in status.acknowledgements if (problem := skew(status.pointer, one))]
-    if status.pointer is not None and not status.acknowledgements:
-        found.append("no replica has acknowledged within the last minute")
+    if not status.acknowledgements:
+        found.append(f"no replica heard within {ACKNOWLEDGEMENT_TTL_S:.0f} s: none runs, or none reaches the pointer store")
+    if not status.workers:
+        found.append("no worker heard: distiller, evaluator and promoter never reached this pointer store")
     for worker in status.workers:
         if status.at - worker.at > SILENT_AFTER_S:
             found.append(f"{worker.worker} has been silent for {_age(status, worker.at)}")

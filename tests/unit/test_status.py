@@ -54,6 +54,7 @@ def served() -> MemoryPointers:
     pointers = MemoryPointers()
     token = pointers.issue_fencing_token()
     pointers.advance(pointer(fencing_token=token), expected_generation=0)
+    pointers.report_worker(WorkerStatus(worker="promoter", lag=-1, detail="deciding", at=NOW - 2))
     return pointers
 
 
@@ -84,16 +85,33 @@ def test_a_replica_that_differs_is_a_problem_that_says_how(changes: dict[str, ob
     assert said in look(**changes)
 
 
-def test_a_pointer_that_nobody_acknowledges_is_a_problem_and_no_pointer_is_none() -> None:
-    assert problems(read_status(served(), role="draft", domain="default", at=NOW)) == [
-        "no replica has acknowledged within the last minute"
-    ]
-    assert problems(read_status(MemoryPointers(), role="draft", domain="default", at=NOW)) == []
+NO_REPLICA = "no replica heard within 60 s: none runs, or none reaches the pointer store"
+NO_WORKER = "no worker heard: distiller, evaluator and promoter never reached this pointer store"
+
+
+def test_a_pointer_that_nobody_acknowledges_is_a_problem() -> None:
+    assert problems(read_status(served(), role="draft", domain="default", at=NOW)) == [NO_REPLICA]
+
+
+def test_a_store_that_nobody_uses_is_no_service_in_order() -> None:
+    status = read_status(MemoryPointers(), role="draft", domain="default", at=NOW)
+    assert problems(status) == [NO_REPLICA, NO_WORKER]
+    assert "ok " not in render(status)
+
+
+def test_no_pointer_yet_is_no_problem_where_replicas_and_workers_are_heard() -> None:
+    pointers = MemoryPointers()
+    pointers.acknowledge(acknowledgement(version=0, digest="", generation=0))
+    pointers.report_worker(WorkerStatus(worker="promoter", lag=-1, detail="deciding", at=NOW - 2))
+    status = read_status(pointers, role="draft", domain="default", at=NOW)
+    assert problems(status) == []
+    assert render(status).endswith("ok         every replica runs what the pointer says")
 
 
 def test_a_silent_worker_is_a_problem_and_a_frozen_pointer_says_why() -> None:
     pointers = MemoryPointers()
     pointers.freeze("bad traffic")
+    pointers.acknowledge(acknowledgement(version=0, digest="", generation=0))
     pointers.report_worker(WorkerStatus(worker="distiller", lag=3, detail="training", at=NOW - 500))
     pointers.report_worker(WorkerStatus(worker="evaluator", lag=0, detail="waiting", at=NOW - 5))
     status = read_status(pointers, role="draft", domain="default", at=NOW)
