@@ -11,8 +11,8 @@ PYTHON ?= $(shell $(FIND_PYTHON))
 
 help:
 	@echo "make install   environment in $(VENV)       PYTHON=python3.12  TORCH=auto|cpu|cuda  WHEELS=DIR  TORCH_INDEX=URL"
-	@echo "make demo      close the loop in 5 minutes  QUERIES=FILE.jsonl[.gz]  STATE=DIR"
-	@echo "make up        the same services, no queries, until Ctrl-C  STATE=DIR"
+	@echo "make demo      close the loop in 5 minutes  QUERIES=FILE.jsonl[.gz]  STATE=DIR  TARGET=PATH_OR_HUB_ID"
+	@echo "make up        the same services, no queries, until Ctrl-C  STATE=DIR  TARGET=PATH_OR_HUB_ID"
 	@echo "make status    what is served, by whom, and why             STATE=DIR"
 	@echo "make test      all tests (a Kafka broker: SLIPSTREAM_KAFKA=host:port)"
 	@echo "make check     ruff, mypy, import-linter, codespell"
@@ -25,10 +25,10 @@ $(STAMP): pyproject.toml deploy/install.py
 	@TORCH="$(TORCH)" WHEELS="$(WHEELS)" TORCH_INDEX="$(TORCH_INDEX)" $(PYTHON) deploy/install.py --venv $(VENV) --stamp $(STAMP)
 
 demo: $(STAMP)
-	@$(PY) -m deploy.local.demo $(if $(QUERIES),--queries "$(QUERIES)") $(if $(STATE),--state "$(STATE)")
+	@$(PY) -m deploy.local.demo $(if $(QUERIES),--queries "$(QUERIES)") $(if $(STATE),--state "$(STATE)") $(if $(TARGET),--target "$(TARGET)")
 
 up: $(STAMP)
-	@$(PY) -m deploy.local.supervisor $(if $(STATE),--state "$(STATE)")
+	@$(PY) -m deploy.local.supervisor $(if $(STATE),--state "$(STATE)") $(if $(TARGET),--target "$(TARGET)")
 
 status: $(STAMP)
 	@$(if $(STATE),SLIPSTREAM_STATE="$(STATE)") $(PY) -m slipstream status

@@ -34,7 +34,7 @@ from deploy.local.processes import (
     wait_until,
 )
 from deploy.local.queries import Query, builtin_streams, file_streams
-from deploy.local.supervisor import READY_TIMEOUT_S, ROOT, Endpoints, embedded_socket, read_endpoints
+from deploy.local.supervisor import READY_TIMEOUT_S, ROOT, Endpoints, embedded_socket, read_endpoints, with_target
 from deploy.local.traffic import Client, Outcome, connected, measure_speed, send_stream
 from deploy.local.watch import Watch, between
 from slipstream.acceptance import acceptance_rate
@@ -67,7 +67,14 @@ class Failed(Exception):
 class Demo:
     """One run: its state directory, its supervisor and what it saw."""
 
-    def __init__(self, settings: Settings, streams: list[tuple[str, Iterator[Query]]], *, began_at: float) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        streams: list[tuple[str, Iterator[Query]]],
+        *,
+        began_at: float,
+        is_other_target: bool = False,
+    ) -> None:
         self._settings = settings
         self._began_at = began_at
         self._redis_url = ""
@@ -76,9 +83,10 @@ class Demo:
         self.screen = Screen(self.rows)
         self.reasons: list[str] = []
         state = settings.state_dir
+        target = ("--target", settings.config.serving.target) if is_other_target else ()
         self._supervisor = Child(
             "supervisor",
-            (sys.executable, "-m", "deploy.local.supervisor", "--state", str(state)),
+            (sys.executable, "-m", "deploy.local.supervisor", "--state", str(state), *target),
             environment=os.environ,
             log=state / "logs" / "supervisor.log",
         )
@@ -288,13 +296,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=Path, help="a .jsonl or .jsonl.gz file of id, domain, prompt to replay")
     parser.add_argument("--state", type=Path, help="state directory to use and keep (default: one that is removed)")
+    parser.add_argument(
+        "--target", metavar="PATH_OR_HUB_ID", help="checkpoint to serve (default: the reference target)"
+    )
     arguments = parser.parse_args()
     try:
         streams = file_streams(arguments.queries) if arguments.queries else builtin_streams(seed=SEED)
         state = arguments.state.absolute() if arguments.state else _fresh_state()
         os.environ["SLIPSTREAM_STATE"] = str(state)
         os.environ.setdefault("SLIPSTREAM_CONFIG", str(DEMO_CONFIG))
-        code = Demo(load_config(), streams, began_at=began_at).run()
+        settings = load_config()
+        if arguments.target is not None:
+            settings = with_target(settings, arguments.target)
+        code = Demo(settings, streams, began_at=began_at, is_other_target=arguments.target is not None).run()
     except ConfigError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ import msgspec
 from deploy.local.processes import MARK, Child, end_marked, end_unix_peer, free_port
 from slipstream.config import Config, Settings, load_config
 from slipstream.errors import ConfigError, SlipstreamError, StoreError, StoreUnavailable
+from slipstream.models.hub import target_directory
 from slipstream.stores.embedded import EmbeddedValkey, start_valkey
 from slipstream.stores.opening import open_pointers
 
@@ -315,6 +316,13 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_target(settings: Settings, path_or_hub_id: str) -> Settings:
+    """The settings with another target, fetched if it is on the hub; its drafts start from none. Raises ConfigError."""
+    target = str(target_directory(path_or_hub_id))
+    serving = msgspec.structs.replace(settings.config.serving, target=target, initial_draft="")
+    return msgspec.structs.replace(settings, config=msgspec.structs.replace(settings.config, serving=serving))
+
+
 @contextmanager
 def only_supervisor(state_dir: Path) -> Iterator[None]:
     """Hold the state directory, ending what a supervisor that was killed left; raises ConfigError if it is held."""
@@ -345,11 +353,14 @@ def main() -> int:
     """Supervise until a signal; returns the exit code: 0 in order, 1 a process did not come up, 2 wrong settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", type=Path, help="state directory (default: SLIPSTREAM_STATE or .state)")
+    parser.add_argument("--target", metavar="PATH_OR_HUB_ID", help="checkpoint to serve (default: serving.target)")
     arguments = parser.parse_args()
     if arguments.state is not None:
         os.environ["SLIPSTREAM_STATE"] = str(arguments.state.absolute())
     try:
         settings = load_config()
+        if arguments.target is not None:
+            settings = with_target(settings, arguments.target)
         os.environ[MARK] = str(settings.state_dir)  # Valkey inherits it from here
         with only_supervisor(settings.state_dir):
             return Supervisor(settings, environment=os.environ).run()

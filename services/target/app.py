@@ -113,7 +113,15 @@ def _deploy(serving: ServingConfig, directory: Path) -> None:
     try:
         serve.run(deployment.bind(str(directory), model_name(serving, directory)), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
-        raise _start_error(str(error)) from error
+        raise _start_error(_deployment_message() or str(error)) from error
+
+
+def _deployment_message() -> str:
+    """What Serve's controller knows of a deployment that failed: the traceback of the replica's constructor."""
+    from ray import serve  # noqa: PLC0415 - see _serve
+
+    application = serve.status().applications.get(APPLICATION)
+    return "\n".join(one.message for one in application.deployments.values()) if application else ""
 
 
 def _start_proxy(serving: ServingConfig) -> None:
