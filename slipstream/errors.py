@@ -7,8 +7,8 @@
     │   ├── RequestTooLarge    the body is longer than the limit (HTTP 413)
     │   └── UnknownModel       no such model here (HTTP 404)
     ├── QueueFull              more requests than the configured limit (HTTP 429)
-    ├── EngineStopped          the replica is going away and takes no more requests (HTTP 503)
-    ├── GenerationFailed       the engine failed or stopped while it ran this request (HTTP 500)
+    ├── EngineStopped          the replica is going away and finishes no more requests (HTTP 503)
+    ├── GenerationFailed       the engine failed while it ran this request (HTTP 500)
     ├── RecordError            bytes of the log that are no record of a known schema version
     ├── StoreError
     │   ├── StoreUnavailable   the store does not answer; the same call may succeed later
@@ -62,11 +62,11 @@ class QueueFull(SlipstreamError):
 
 
 class EngineStopped(SlipstreamError):
-    """The engine is stopping or has failed and takes no more requests."""
+    """The engine is stopping or has failed: it takes no more requests and finishes none."""
 
 
 class GenerationFailed(SlipstreamError):
-    """The engine failed or stopped while it ran this request."""
+    """The engine failed while it ran this request."""
 
 
 class RecordError(SlipstreamError, ValueError):

@@ -33,9 +33,9 @@ def data_path_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_dir / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        # A replica that died: the first refused connection takes it out, and what it had not answered yet goes to
-        # another one (generation may be repeated), or waits at Serve's own proxy until one is there. What was caught
-        # between the two gets a 503 with Retry-After.
+        # A replica that died: the first refused connection takes it out. Only a connection that was refused is tried
+        # again, so nothing is replayed: what the replica had taken in ends with 503 replica_lost and Retry-After, and
+        # what comes later waits at Serve's own proxy until the successor is there.
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure",
         "RAY_SERVE_HAPROXY_RETRIES": "3",

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from services.target.openai_answers import FinishReason
 from services.target.text_stream import TextStream
-from slipstream.engine.request import Request, TokenBlock
-from slipstream.errors import GenerationFailed
+from slipstream.engine.request import REPLICA_STOPPING, Request, TokenBlock
+from slipstream.errors import EngineStopped, GenerationFailed
 from slipstream.telemetry import ReplicaMetrics
 
 
@@ -56,11 +56,16 @@ class Generation:
         return self._text.num_tokens
 
     async def texts(self) -> AsyncIterator[str]:
-        """The text of each block that has some, then what was held back; raises GenerationFailed."""
+        """The text of each block that has some, then what was held back.
+
+        Raises GenerationFailed, or EngineStopped if the replica stops under the request.
+        """
         while not self._is_over:
             block = await self._blocks.get()
             if block.finish_reason in ("error", "cancelled"):
                 self._is_over = True
+                if block.error == REPLICA_STOPPING:
+                    raise EngineStopped(block.error)
                 raise GenerationFailed(block.error or "the request was cancelled; send it again")
             self._note_time()
             text = self._text.push(block.token_ids)

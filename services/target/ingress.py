@@ -19,14 +19,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.target import openai_answers as answers
 from services.target.callers import Caller, Callers
 from services.target.connection import EventStream, while_connected
-from services.target.front_door import CALLER, OUTCOME, FrontDoor, failure_message, not_found
+from services.target.front_door import CALLER, FrontDoor, not_found
 from services.target.generation import Generation, Runner
 from services.target.openai_requests import GenerationCall, parse_chat, parse_completion
 from services.target.prompt_text import PromptText
 from services.target.text_stream import TextStream
 from slipstream import __version__
 from slipstream.engine.request import Request, SamplingParams
-from slipstream.errors import GenerationFailed, RequestError, RequestTooLarge, UnknownModel
+from slipstream.errors import RequestError, RequestTooLarge, UnknownModel
 from slipstream.telemetry import ReplicaMetrics
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 
@@ -110,7 +110,7 @@ class Ingress:
         generation = Generation(self._runner, request, text=text, metrics=self._metrics)
         num_prompt = len(request.prompt_ids)
         if call.stream:
-            events = _events(answer, generation, http, num_prompt=num_prompt)
+            events = _events(answer, generation, num_prompt=num_prompt)
             return EventStream(events, on_close=generation.close, headers=headers)
         try:
             whole = await while_connected(http.receive, _whole(answer, generation, num_prompt=num_prompt))
@@ -242,19 +242,12 @@ async def _whole(answer: answers.Answer, generation: Generation, *, num_prompt: 
     return answers.whole(answer, text=text, finish_reason=generation.finish_reason, counts=counts)
 
 
-async def _events(
-    answer: answers.Answer, generation: Generation, http: HttpRequest, *, num_prompt: int
-) -> AsyncIterator[bytes]:
-    """The events of a streamed answer; a failure is one error event, because the status has been sent."""
+async def _events(answer: answers.Answer, generation: Generation, *, num_prompt: int) -> AsyncIterator[bytes]:
+    """The events of a streamed answer."""
     if role := answers.role_event(answer):
         yield role
-    try:
-        async for text in generation.texts():
-            yield answers.text_event(answer, text)
-    except GenerationFailed as error:
-        http.scope[OUTCOME] = 500
-        yield answers.error_event(failure_message(error), kind="server_error", code="internal_error")
-        return
+    async for text in generation.texts():
+        yield answers.text_event(answer, text)
     counts = answers.usage(num_prompt=num_prompt, num_output=generation.num_tokens)
     yield (
         answers.finish_event(answer, generation.finish_reason)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+REPLICA_STOPPING: Final = "the replica is stopping; send the request again"
+"""The `error` of a request that ends because its replica stops: nothing failed, another replica may answer it."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ import time
 
 from slipstream.engine.batch import OnBlock
 from slipstream.engine.engine import Engine
-from slipstream.engine.request import Request
+from slipstream.engine.request import REPLICA_STOPPING, Request
 from slipstream.errors import EngineStopped
 from slipstream.models.checkpoint import Checkpoint
 
@@ -92,4 +92,4 @@ class EngineRunner:
                 has_worked = True
             if not has_worked:
                 self._wake.wait(_IDLE_WAIT_S)
-        self.engine.close("the replica is stopping; send the request again")
+        self.engine.close(REPLICA_STOPPING)

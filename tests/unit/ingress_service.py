@@ -28,7 +28,10 @@ ANSWER: Script = (("SELECT", None), (" a", "stop"))
 
 
 class ScriptedRunner:
-    """Answers every request with the same blocks, from a thread of its own like the engine."""
+    """Answers every request with the same blocks, from a thread of its own like the engine.
+
+    The text that comes with the finish reason "error" is the error's.
+    """
 
     def __init__(self, script: Script, *, refusal: Exception | None = None) -> None:
         self.requests: list[Request] = []
@@ -55,13 +58,13 @@ class ScriptedRunner:
             on_block(
                 TokenBlock(
                     request_id=request.request_id,
-                    token_ids=PROMPT_TEXT.encode_raw(text),
+                    token_ids=() if finish_reason == "error" else PROMPT_TEXT.encode_raw(text),
                     draft_version=7,
                     routing_version=0,
                     num_proposed=0,
                     num_accepted=0,
                     finish_reason=finish_reason,
-                    error="the engine failed in this step" if finish_reason == "error" else "",
+                    error=text if finish_reason == "error" else "",
                 )
             )
 
@@ -102,3 +105,6 @@ class Service:
 
     def count(self, code: int) -> float:
         return self.metrics.registry.get_sample_value("slipstream_requests_total", {"code": str(code)}) or 0.0
+
+    def num_unexpected(self) -> float:
+        return self.metrics.registry.get_sample_value("slipstream_unexpected_errors_total") or 0.0

@@ -12,7 +12,7 @@ import pytest
 from services.target.callers import Callers
 from services.target.ingress import MAX_BODY_BYTES
 from slipstream.config import Tenant
-from slipstream.errors import EngineStopped, QueueFull
+from slipstream.errors import QueueFull
 from tests.unit.ingress_service import HASHED, KEY, PROMPT_TEXT, Service
 
 
@@ -64,28 +64,6 @@ def test_a_completion_stream_with_usage_has_these_bytes() -> None:
     assert normalised(response.text) == "".join(expected) + "data: [DONE]\n\n"
 
 
-def test_a_failure_within_a_stream_is_an_error_event_without_done() -> None:
-    service = Service([("SELECT", None), ("", "error")])
-    response = service.complete(stream=True)
-    last = response.text.split("\n\n")[-2]
-    assert json.loads(last.removeprefix("data: ")) == {
-        "error": {
-            "message": "the engine failed in this step",
-            "type": "server_error",
-            "param": None,
-            "code": "internal_error",
-        }
-    }
-    assert "[DONE]" not in response.text
-    assert service.count(500) == 1
-
-
-def test_a_failure_of_the_engine_is_a_500_with_its_reason() -> None:
-    response = Service([("SELECT", None), ("", "error")]).complete()
-    assert response.status_code == 500
-    assert response.json()["error"]["message"] == "the engine failed in this step"
-
-
 def test_a_whole_answer_has_text_reason_and_counts() -> None:
     body = Service([("SELECT", None), (" a", "length")]).complete().json()
     assert body["choices"] == [{"index": 0, "text": "SELECT a", "logprobs": None, "finish_reason": "length"}]
@@ -107,18 +85,6 @@ def test_a_full_queue_is_429_in_openai_shape_with_retry_after() -> None:
     assert int(response.headers["retry-after"]) > 0
     assert response.json()["error"]["code"] == "queue_full"
     assert service.count(429) == 1
-
-
-def test_a_stopping_replica_is_503() -> None:
-    response = Service(refusal=EngineStopped("stopping")).complete(stream=True)
-    assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
-
-
-def test_an_unforeseen_failure_hides_its_text(caplog: pytest.LogCaptureFixture) -> None:
-    response = Service(refusal=KeyError("internal detail")).complete()
-    assert response.status_code == 500
-    assert "internal detail" not in response.text
-    assert "internal detail" in caplog.text
 
 
 def test_unknown_model_path_and_method_name_themselves() -> None:
