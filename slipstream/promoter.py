@@ -32,6 +32,7 @@ from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION, Lineage, ModelVersio
 _logger = logging.getLogger(__name__)
 
 ROLE: Role = "draft"
+_RESTORED = "restored: the pointer store was empty"
 
 
 class Promoter:
@@ -77,10 +78,8 @@ class Promoter:
 
     def _restore(self) -> ServingPointer | None:
         """Set the pointer that an emptied store has lost; None if there was none or it may not be set now."""
-        version = lost_version(
-            self._pointers, self._registry, target_digest=self._target_digest, domain=self._domain
-        )
-        return version and self._move(version, after=None, reason="restored: the pointer store was empty")
+        version = lost_version(self._pointers, self._registry, target_digest=self._target_digest, domain=self._domain)
+        return None if version is None else self._move(version, after=None, reason=_RESTORED)
 
     def _challenger(self, pointer: ServingPointer | None) -> ModelVersion | None:
         """The version that wants to be promoted and may be, or None."""

@@ -53,7 +53,9 @@ def problems(status: Status) -> list[str]:
     """
     found = [problem for one in status.acknowledgements if (problem := skew(status.pointer, one))]
     if not status.acknowledgements:
-        found.append(f"no replica heard within {ACKNOWLEDGEMENT_TTL_S:.0f} s: none runs, or none reaches the pointer store")
+        found.append(
+            f"no replica heard within {ACKNOWLEDGEMENT_TTL_S:.0f} s: none runs, or none reaches the pointer store"
+        )
     if not status.workers:
         found.append("no worker heard: distiller, evaluator and promoter never reached this pointer store")
     for worker in status.workers:

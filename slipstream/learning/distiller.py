@@ -42,13 +42,11 @@ _MAX_WAITING_VERSIONS = 4
 class Curriculum(msgspec.Struct, frozen=True, kw_only=True):
     """What is learned from, how much of it makes a version, and what is kept.
 
-    `log_name` names the log whose offsets lineages hold, so that another log's are not taken for them.
     `initial` is the checkpoint directory of the very first student; None means fresh weights.
     """
 
     target_digest: str
     vocab_size: int
-    log_name: str
     domain: str = DEFAULT_DOMAIN
     observations_per_version: int = 48
     steps_per_version: int = 120
@@ -76,7 +74,7 @@ class _Outgoing(msgspec.Struct, frozen=True):
 
 
 class Distiller:
-    """One student on one log. Call `resume` first; every call may raise StoreUnavailable and be repeated."""
+    """One student on one log at a time. Call `resume` first; every call may raise StoreUnavailable and be repeated."""
 
     def __init__(
         self,
@@ -96,6 +94,7 @@ class Distiller:
         self._state_dir = state_dir
         self._artifact_root = artifact_root
         self._metrics = metrics
+        self._log = ""
         self._chance = random.Random(0)
         self._starts: dict[int, int] = {}
         self._positions: dict[int, int] = {}
@@ -130,8 +129,13 @@ class Distiller:
             f"{len(self._buffer)} kept, parent {self._parent_version}, {steps} steps"
         )
 
-    def resume(self) -> None:
-        """Find out what versions cover, what was taken in beyond that, and where training stands."""
+    def resume(self, log: str) -> None:
+        """Find out what versions cover, what was taken in beyond that, and where training stands.
+
+        `log` is the log's identity: offsets in lineages and in the buffer that belong to another log do not count.
+        """
+        self._log, self._outgoing, self._unaliased, self._steps_since_version = log, None, NO_VERSION, 0
+        self._buffer.adopt(log)
         lineages = self._registry.lineages(ROLE, self._curriculum.domain)
         ours = {version: one for version, one in lineages.items() if one.note == self._note()}
         self._settled = _covered(list(ours.values()))
@@ -231,7 +235,7 @@ class Distiller:
         self._warned_of_gap = True
         _logger.warning(
             "partition %d offset %d lies below %d, which versions cover, but holds an observation never seen: it is "
-            "skipped. If the log was emptied or made anew, start with an empty registry too",
+            "skipped. The log lost its latest records in a crash and gave their offsets to others",
             entry.partition,
             entry.offset,
             self._positions[entry.partition],
@@ -356,7 +360,7 @@ class Distiller:
         return self._curriculum.steps_per_version / self._curriculum.observations_per_version
 
     def _note(self) -> str:
-        return f"log {self._curriculum.log_name}"
+        return f"log {self._log}"
 
     def _staging_dir(self) -> Path:
         return self._state_dir / "outgoing"

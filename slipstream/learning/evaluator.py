@@ -69,6 +69,10 @@ class Evaluator:
         """One line for `slipstream status`."""
         return f"{len(self._held_out)} held-out observations kept, domains {', '.join(self._held_out.domains()) or '-'}"
 
+    def follow(self, log: str) -> None:
+        """Read from the log of this identity from now on; what was held out from another one stays."""
+        self._held_out.adopt(log)
+
     def ingest(self, entries: Sequence[LogEntry]) -> dict[int, int]:
         """Keep the held-out observations, durably on return; the ends that may now be committed."""
         ends: dict[int, int] = {}

@@ -20,10 +20,12 @@ from pathlib import Path
 import msgspec
 
 from slipstream.records import Observation, decode_observation, encode, observation_id
+from slipstream.stores.artifacts import write_durably
 from slipstream.telemetry import MAX_DOMAINS, OTHER_DOMAIN
 
 _FRAME = struct.Struct("<II")
 _MAX_FORGOTTEN = 20_000
+_NO_OFFSET = -1
 _logger = logging.getLogger(__name__)
 
 
@@ -104,6 +106,19 @@ class ReplayBuffer:
         elif gone:
             self._unwritten += _framed(_EvictedFrame(gone))
             self.flush()
+
+    def adopt(self, log: str) -> None:
+        """Say which log (`ObservationLog.identity`) places belong to from now on.
+
+        What was kept from another one stays for training, but its place there means nothing here: it counts as dealt
+        with.
+        """
+        marker = self._path.with_name("log")
+        if marker.exists() and marker.read_text() == log:
+            return
+        self._kept = {name: Kept(0, _NO_OFFSET, one.observation) for name, one in self._kept.items()}
+        self._compact()
+        write_durably(marker, log.encode())
 
     def kept(self) -> Iterator[Kept]:
         """Everything kept, oldest first."""

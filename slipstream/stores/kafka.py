@@ -63,7 +63,7 @@ class KafkaLog:
         self._topic = topic
         self._num_partitions = num_partitions
         self._topic_config = {"retention.ms": str(retention_s * 1000), "retention.bytes": str(retention_bytes)}
-        self._has_topic = False
+        self._identity: str | None = None
         self._producer: Any = None
         self._lock = threading.Lock()
         # An outage is raised as StoreUnavailable and said once by the caller; the client would say it at every try.
@@ -79,12 +79,17 @@ class KafkaLog:
             except (StoreUnavailable, RecordError):
                 # With the producer goes what it still buffers: the caller repeats the call.
                 self._close_producer()
-                self._has_topic = False
+                self._identity = None
                 raise
 
     def subscribe(self, group: str) -> KafkaSubscription:
         """See `ObservationLog.subscribe`; connects at the first call of the subscription."""
         return KafkaSubscription(self, group=checked_name("group", group))
+
+    def identity(self) -> str:
+        """See `ObservationLog.identity`: the topic's id, asked for at the first call and after every failure."""
+        with self._lock, _translated(self._bootstrap):
+            return self._make_topic()
 
     def close(self) -> None:
         """See `ObservationLog.close`."""
@@ -116,12 +121,26 @@ class KafkaLog:
             with contextlib.suppress(KafkaError):
                 producer.close(timeout=1)
 
-    def _make_topic(self) -> None:
-        """Make the topic unless it is there; at the first call and after every failure, brokers may come back empty."""
-        if self._has_topic:
-            return
+    def _make_topic(self) -> str:
+        """Make the topic unless it is there; its identity.
+
+        Brokers may come back empty, so this is done at the first call and after every failure.
+        """
+        if self._identity is not None:
+            return self._identity
         _check_reachable(self._bootstrap)
         admin = KafkaAdminClient(**_connection(self._bootstrap), request_timeout_ms=_TIMEOUT_MS)
+        try:
+            self._create(admin)
+            described = admin.describe_topics([self._topic])[0]
+        finally:
+            admin.close()
+        if described["error_code"]:
+            raise StoreUnavailable(f"kafka does not know topic {self._topic!r} yet: {described}; try again")
+        self._identity = f"kafka {described['topic_id']}"
+        return self._identity
+
+    def _create(self, admin: Any) -> None:
         try:
             admin.create_topics(
                 {self._topic: {"num_partitions": self._num_partitions, "configs": self._topic_config}},
@@ -132,9 +151,6 @@ class KafkaLog:
             pass
         except AuthorizationError:
             logger.info("not allowed to make topics; expecting that %s is there", self._topic)
-        finally:
-            admin.close()
-        self._has_topic = True
 
 
 class KafkaSubscription:
@@ -188,12 +204,16 @@ class KafkaSubscription:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
-        with _translated(self._log._bootstrap):
-            if self._consumer is None:
-                with self._log._lock:
-                    self._log._make_topic()
-                self._consumer = self._join()
-            yield self._consumer
+        try:
+            with _translated(self._log._bootstrap):
+                if self._consumer is None:
+                    with self._log._lock:
+                        self._log._make_topic()
+                    self._consumer = self._join()
+                yield self._consumer
+        except StoreUnavailable:
+            self._log._identity = None
+            raise
 
     def _join(self) -> Any:
         return KafkaConsumer(

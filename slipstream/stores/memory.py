@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ class MemoryLog:
         self._kept: list[deque[bytes]] = [deque(maxlen=per_partition) for _ in range(num_partitions)]
         self._ends = [0] * num_partitions
         self._groups: dict[str, _Group] = {}
+        self._identity = f"memory {uuid.uuid4().hex}"
         self._changed = threading.Condition()
 
     def append(self, records: Sequence[tuple[str, bytes]]) -> None:
@@ -61,6 +63,10 @@ class MemoryLog:
         """See `ObservationLog.subscribe`."""
         with self._changed:
             return MemorySubscription(self, self._groups.setdefault(group, _Group()))
+
+    def identity(self) -> str:
+        """See `ObservationLog.identity`."""
+        return self._identity
 
     def close(self) -> None:
         """Nothing to release."""

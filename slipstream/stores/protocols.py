@@ -63,6 +63,12 @@ class ObservationLog(Protocol):
     def subscribe(self, group: str) -> Subscription:
         """Join a consumer group."""
 
+    def identity(self) -> str:
+        """A name of this log that no other log ever has, not even one that takes its place after its data was lost.
+
+        Offsets mean something together with it only. May be remembered between two failures of the server.
+        """
+
     def close(self) -> None:
         """Release connections."""
 

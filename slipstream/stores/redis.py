@@ -86,6 +86,16 @@ class RedisLog:
         client = _client(self._url, timeout_s=self._timeout_s, client_name=member, max_connections=1)
         return RedisSubscription(client, url=self._url, keys=(self._stream, self._counter), group=group, member=member)
 
+    def identity(self) -> str:
+        """See `ObservationLog.identity`: a random number that lies, and is lost, beside the stream."""
+        key = f"{self._prefix}:log"
+        with _translated(self._url):
+            found = self._client.get(key)
+            if found is None:
+                self._client.set(key, uuid.uuid4().hex, nx=True)
+                found = self._client.get(key)
+        return f"redis {found.decode()}"
+
     def close(self) -> None:
         """See `ObservationLog.close`."""
         self._client.close()

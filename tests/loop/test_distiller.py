@@ -32,7 +32,6 @@ from workers.distiller.worker import DistillerWorker
 CURRICULUM = Curriculum(
     target_digest=TARGET_DIGEST,
     vocab_size=VOCAB_SIZE,
-    log_name="memory",
     observations_per_version=5,
     steps_per_version=2,
     batch_sequences=2,
@@ -328,33 +327,52 @@ def test_training_resumes_from_the_saved_student_else_from_what_is_served(tmp_pa
     assert all(torch.equal(student.weights[name], tensor) for name, tensor in served.weights.items())
 
 
-def test_an_emptied_log_is_said_once_instead_of_mixed_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_log_that_came_back_empty_is_trained_on_from_its_first_record(tmp_path: Path, is_restarted: bool) -> None:
+    house = House(tmp_path)
+    names = [f"request-{number}" for number in range(32)]
+    send(house.log, names)
+    house.start()
+    house.run()
+    num_before = len(house.registry.lineages(*DRAFT))
+    reborn = MemoryLog(num_partitions=3)
+    others = [f"other-{number}" for number in range(30)]
+    send(reborn, others)
+    house.log = reborn
+    assert house.worker is not None
+    if is_restarted:
+        house.start()
+    else:
+        house.worker._log = Faulty(reborn, no_fault)
+    house.run()
+    lineages = list(house.registry.lineages(*DRAFT).values())
+    assert len({one.note for one in lineages}) == 2
+    in_versions = [name for _, file in house.lineage_files() for name in file.observation_ids]
+    assert len(in_versions) == len(set(in_versions))
+    assert len(trained(others)) - len(set(in_versions) & trained(others)) < 5
+    ends: dict[int, int] = {}
+    for offsets in (one for lineage in lineages[num_before:] for one in lineage.offsets):
+        assert offsets.start == ends.get(offsets.partition, 0)
+        ends[offsets.partition] = offsets.end
+
+
+def test_offsets_that_a_log_gave_twice_are_said_once_instead_of_mixed_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     house = House(tmp_path)
     send(house.log, [f"request-{number}" for number in range(30)])
     house.start()
     house.run()
     lineages = house.registry.lineages(*DRAFT)
-    house.log = MemoryLog(num_partitions=3)
+    rewound = MemoryLog(num_partitions=3)
+    rewound._identity = house.log.identity()
+    house.log = rewound
     send(house.log, [f"other-{number}" for number in range(10)])
     house.start()
     with caplog.at_level(logging.WARNING):
         house.run()
     assert house.registry.lineages(*DRAFT) == lineages
     assert sum("holds an observation never seen" in record.message for record in caplog.records) == 1
-
-
-def test_offsets_of_another_log_are_not_taken_for_this_ones(tmp_path: Path) -> None:
-    house = House(tmp_path)
-    names = [f"request-{number}" for number in range(20)]
-    send(house.log, names)
-    house.start()
-    house.run()
-    num_before = len(house.registry.versions(*DRAFT))
-    house.log, house.root = MemoryLog(num_partitions=3), tmp_path / "kafka"
-    send(house.log, [f"other-{number}" for number in range(20)])
-    house.start(curriculum=msgspec.structs.replace(CURRICULUM, log_name="kafka"))
-    house.run()
-    assert len(house.registry.versions(*DRAFT)) > num_before
 
 
 def test_old_versions_are_pruned_but_not_what_was_served(tmp_path: Path) -> None:

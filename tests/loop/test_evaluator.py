@@ -250,3 +250,17 @@ def test_an_outage_of_the_registry_silences_neither_the_reading_nor_the_reports(
         room.worker.turn()
     assert [one.worker for one in room.pointers.workers()] == ["evaluator"]
     assert room.log.subscribe("evaluator").lag() == 0
+
+
+def test_a_log_that_came_back_empty_is_read_from_its_first_record_and_its_latest_count(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:60])
+    room.run()
+    room.log = MemoryLog(num_partitions=2)
+    room.worker._log = room.log
+    room.send(HELD_OUT[60:80])
+    room.run()
+    assert room.log.subscribe("evaluator").lag() == 0
+    newest = room.worker._evaluator._held_out.newest(20)
+    assert {one.request_id for one in newest} == set(HELD_OUT[60:80])
+    assert len(room.worker._evaluator._held_out) == 50

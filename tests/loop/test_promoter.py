@@ -249,7 +249,7 @@ def test_a_second_rollback_goes_further_back_and_the_last_one_to_no_draft(
 
 def test_rollback_to_what_was_never_served_is_refused(tmp_path: Path, pointers: PointerStore) -> None:
     stage = Stage(tmp_path, pointers)
-    with pytest.raises(UnknownVersion, match="holds no pointer.*the promoter sets it again"):
+    with pytest.raises(UnknownVersion, match=r"holds no pointer.*the promoter sets it again"):
         rollback(pointers, role="draft", domain=DEFAULT_DOMAIN)
     stage.promote(1)
     with pytest.raises(UnknownVersion, match=r"expected one of \[0, 1\]"):

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
+from kafka import KafkaAdminClient
 
 from slipstream.stores.kafka import KafkaLog
 from slipstream.stores.memory import MemoryLog, MemoryPointers, MemoryRegistry
 from slipstream.stores.mlflow import MlflowRegistry
 from slipstream.stores.protocols import ModelRegistry, ObservationLog, PointerStore, Subscription
 from slipstream.stores.redis import RedisLog, RedisPointers
-from tests.servers import KafkaBroker, ValkeyServer
+from tests.servers import KafkaBroker, ValkeyServer, eventually
 
 CHILD = Path(__file__).parent / "consumer_process.py"
 ACKNOWLEDGEMENT_TTL_S = 0.3
@@ -47,6 +49,20 @@ class LogUnderTest:
         assert process.stdout is not None
         assert process.stdout.readline() == "polled\n"
         return process
+
+    def lose_data(self) -> None:
+        """What a server that comes back empty has done; clients opened from now on find nothing."""
+        if self.kind == "memory":
+            self._memory = MemoryLog()
+        elif self.kind == "redis":
+            client = redis.Redis.from_url(self.address)
+            client.delete(*client.keys("{" + self.name + "}*"))
+            client.close()
+        else:
+            admin = KafkaAdminClient(bootstrap_servers=self.address)
+            admin.delete_topics([self.name])
+            eventually(lambda: self.name not in admin.list_topics())
+            admin.close()
 
     def close(self) -> None:
         for one in self._opened:

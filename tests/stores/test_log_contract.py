@@ -170,6 +170,17 @@ def test_poison_reaches_the_consumer_undecoded(log_under_test: LogUnderTest) -> 
     assert [entry.record for entry in poll_all(log_under_test.subscribe("readers"), 2)] == poison
 
 
+def test_a_log_keeps_its_identity_for_as_long_as_its_data(log_under_test: LogUnderTest) -> None:
+    log = log_under_test.open()
+    identity = log.identity()
+    log.append(numbered(3))
+    assert log_under_test.open().identity() == log.identity() == identity
+    log_under_test.lose_data()
+    reborn = log_under_test.open()
+    reborn.append(numbered(3))
+    assert reborn.identity() not in ("", identity)
+
+
 @pytest.mark.timeout(180)
 def test_an_outage_is_store_unavailable_and_after_it_every_acknowledged_record_is_there(
     log_under_test: LogUnderTest,
@@ -177,6 +188,7 @@ def test_an_outage_is_store_unavailable_and_after_it_every_acknowledged_record_i
     if log_under_test.server is None:
         pytest.skip("there is no server of ours to kill")
     log = log_under_test.open()
+    identity = log.identity()
     records = numbered(NUM_RECORDS)
     log.append(records[:16])
     subscription = log_under_test.subscribe("readers")
@@ -195,6 +207,7 @@ def test_an_outage_is_store_unavailable_and_after_it_every_acknowledged_record_i
     finally:
         log_under_test.server.start()
     eventually(lambda: log.append(records[20:]) is None)
+    assert log.identity() == log_under_test.open().identity() == identity
     seen: set[bytes] = set()
 
     def has_the_rest() -> bool:

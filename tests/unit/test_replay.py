@@ -63,6 +63,24 @@ def test_an_unsettled_observation_is_never_evicted(tmp_path: Path) -> None:
     assert offsets(buffer) == [3, 4, 5]
 
 
+def test_what_another_log_gave_stays_and_may_be_evicted_whatever_its_offsets_were(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(tmp_path, max_per_domain=3)
+    buffer.adopt("redis 1")
+    for number in range(100, 103):
+        buffer.append(kept(number))
+    buffer.adopt("redis 1")
+    assert offsets(buffer) == [100, 101, 102]
+    buffer.adopt("redis 2")
+    reopened = ReplayBuffer(tmp_path, max_per_domain=3)
+    reopened.adopt("redis 2")
+    assert [one.observation.request_id for one in reopened.kept()] == ["request-100", "request-101", "request-102"]
+    assert not reopened.append(kept(100))
+    for number in (1, 2):
+        reopened.append(kept(number))
+    reopened.settle({0: 3})
+    assert [one.observation.request_id for one in reopened.kept()] == ["request-102", "request-1", "request-2"]
+
+
 def test_compaction_bounds_the_file(tmp_path: Path) -> None:
     path = tmp_path / "observations.frames"
     buffer = ReplayBuffer(tmp_path, max_per_domain=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import time
@@ -19,6 +20,8 @@ from slipstream.stores.opening import ARTIFACTS, open_log, open_pointers, open_r
 from slipstream.stores.protocols import ObservationLog, PointerStore, Subscription, WorkerStatus
 from slipstream.telemetry import WorkerMetrics
 from slipstream.turns import run_parts, run_turns, serve_metrics, stop_on_signals
+
+_logger = logging.getLogger(__name__)
 
 NAME = "distiller"
 _NICENESS = 10
@@ -45,7 +48,7 @@ class DistillerWorker:
         self._metrics = metrics
         self._max_poll = max_poll
         self._subscription: Subscription | None = None
-        self._is_resumed = False
+        self._log_name: str | None = None
         self._committed: dict[int, int] = {}
         self._reported_at = float("-inf")
 
@@ -54,9 +57,10 @@ class DistillerWorker:
 
         A store that is down stops only the part that needs it: the first StoreUnavailable is raised at the end.
         """
-        if not self._is_resumed:
-            self._distiller.resume()
-            self._is_resumed = True
+        if self._log_name is None:
+            log_name = self._log.identity()
+            self._distiller.resume(log_name)
+            self._log_name, self._committed = log_name, {}
         return run_parts((self._read, self._train, self._publish, self._report))
 
     def close(self) -> None:
@@ -65,6 +69,11 @@ class DistillerWorker:
             self._subscription.close()
 
     def _read(self) -> bool:
+        if not self._is_same_log():
+            _logger.warning("another log took the place of %s: its offsets begin anew", self._log_name)
+            self.close()
+            self._subscription, self._log_name = None, None
+            return True
         if not self._distiller.wants_observations:
             return False
         if self._subscription is None:
@@ -79,10 +88,14 @@ class DistillerWorker:
     def _publish(self) -> bool:
         version = self._distiller.publish()
         ends = self._distiller.settled_ends
-        if self._subscription is not None and ends != self._committed:
+        if self._subscription is not None and ends != self._committed and self._is_same_log():
             self._subscription.commit(ends)
             self._committed = ends
         return version is not None
+
+    def _is_same_log(self) -> bool:
+        """Whether the offsets that the distiller holds are this log's; a server may come back empty at any time."""
+        return self._log.identity() == self._log_name
 
     def _report(self) -> bool:
         if time.monotonic() - self._reported_at < _REPORT_EVERY_S or self._subscription is None:
@@ -101,7 +114,7 @@ def run(settings: Settings) -> None:
     curriculum = curriculum_of(settings)
     os.nice(_NICENESS)
     torch.set_num_threads(settings.config.learning.num_threads)
-    state_dir = settings.state_dir / NAME / f"{curriculum.log_name}-{curriculum.target_digest[:16]}"
+    state_dir = settings.state_dir / NAME / f"{log_kind(settings.addresses)}-{curriculum.target_digest[:16]}"
     log, registry, pointers = open_log(settings), open_registry(settings), open_pointers(settings)
     distiller = Distiller(
         registry,
@@ -127,7 +140,6 @@ def curriculum_of(settings: Settings) -> Curriculum:
     return Curriculum(
         target_digest=target_digest(target),
         vocab_size=vocab_size,
-        log_name=log_kind(settings.addresses),
         observations_per_version=learning.observations_per_version,
         steps_per_version=learning.steps_per_version,
         batch_sequences=learning.batch_sequences,

@@ -36,6 +36,7 @@ class EvaluatorWorker:
         self._pointers = pointers
         self._metrics = metrics
         self._subscription: Subscription | None = None
+        self._log_name: str | None = None
         self._uncommitted: dict[int, int] = {}
         self._reported_at = float("-inf")
 
@@ -52,6 +53,9 @@ class EvaluatorWorker:
             self._subscription.close()
 
     def _read(self) -> bool:
+        log_name = self._log.identity()
+        if log_name != self._log_name:
+            self._follow(log_name)
         if self._subscription is None:
             self._subscription = self._log.subscribe(NAME)
         entries = self._subscription.poll(max_records=_MAX_POLL, timeout_s=_POLL_S)
@@ -62,6 +66,13 @@ class EvaluatorWorker:
             self._evaluator.settle(self._uncommitted)
             self._uncommitted = {}
         return bool(entries)
+
+    def _follow(self, log_name: str) -> None:
+        """Begin anew on a log that took another one's place: its offsets are not those we hold."""
+        self.close()
+        self._subscription, self._uncommitted = None, {}
+        self._evaluator.follow(log_name)
+        self._log_name = log_name
 
     def _judge(self) -> bool:
         return self._evaluator.evaluate() is not None
