@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,11 @@ import httpx
 import openai
 import pytest
 
+from deploy.local.processes import Listener, is_loopback, listeners
 from tests.integration.serving_process import MODEL, ServiceProcess, environment, run_to_exit
 from tests.servers import eventually, free_port
 
 pytestmark = pytest.mark.processes
-
-LOOPBACK = "0100007F"
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,56 @@ def test_a_second_service_on_the_same_state_directory_is_refused(lonely: Service
     assert "a service runs on this state directory" in ended.stderr
 
 
-def test_the_service_and_its_proxy_listen_on_loopback_alone(lonely: ServiceProcess) -> None:
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    listeners = {line[1] for line in lines if line[3] == "0A"}
-    assert f"{LOOPBACK}:{lonely.port:04X}" in listeners
-    assert not {f"00000000:{port:04X}" for port in (lonely.port, 8404, 9101, 8500, 8265)} & listeners
+OPEN_PORTS = {
+    "-m services.target": 1,  # gRPC of a Ray worker, as in every "1" below that says no more
+    "/gcs_server": 1,  # gRPC
+    "/raylet/raylet": 2,  # gRPC of the node and of its objects
+    "/autoscaler/_private/monitor.py": 1,  # metrics of the process
+    "/_private/log_monitor.py": 1,
+    "/ray/dashboard/dashboard.py": 1,  # metrics of the process
+    "ray::DashboardAgent": 3,  # gRPC, metrics of the node, HTTP on the node's address
+    "ray::RuntimeEnvAgent": 1,  # HTTP on the node's address
+    "ray::ServeController": 1,
+    "ray::ProxyActor": 1,
+    "ray::HAProxyManager": 1,
+    "ray::ServeReplica": 2,  # gRPC of a Ray worker, and between Serve's deployments
+    "ray::IDLE": 1,
+}
+"""How many ports Ray 2.60 opens beyond loopback, whatever it is told; HTTP and gRPC ask for the token (docs/api.md)."""
+
+OVERWRITTEN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Processes whose title covers their environment in /proc; their own HTTP ports tell that they ask for the token."""
+
+
+def processes_of(service: ServiceProcess) -> dict[int, str]:
+    return {service.process.pid: f"{sys.executable} -m services.target"} | service.children()
+
+
+def open_listeners(pid: int) -> list[Listener]:
+    return [one for one in listeners([pid]) if not is_loopback(one.address)]
+
+
+def test_nothing_but_rays_own_ports_is_open_beyond_loopback(lonely: ServiceProcess) -> None:
+    mine = processes_of(lonely)
+    assert lonely.port in {one.port for one in listeners(mine) if is_loopback(one.address)}
+    for pid, command in mine.items():
+        allowed = sum(number for name, number in OPEN_PORTS.items() if name in command)
+        seen = open_listeners(pid)
+        assert len(seen) <= allowed, f"{command}: {seen}, expected at most {allowed} ports beyond loopback"
+
+
+def test_every_ray_process_is_told_to_ask_for_the_token(lonely: ServiceProcess) -> None:
+    mine = lonely.children()
+    told = {
+        pid for pid in mine if b"RAY_AUTH_MODE=token" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    }
+    rest = {pid: command for pid, command in mine.items() if pid not in told}
+    assert told
+    assert all(command.startswith(OVERWRITTEN) for command in rest.values()), rest
+    for pid in rest:
+        for one in open_listeners(pid):
+            if one.address not in ("::", "0.0.0.0"):  # their HTTP; the rest is gRPC and metrics
+                assert httpx.get(f"http://{one.address}:{one.port}/", timeout=30).status_code == 401
 
 
 def test_a_killed_replica_ends_its_requests_clearly_and_fails_none_that_comes_later(lonely: ServiceProcess) -> None:
