@@ -77,10 +77,14 @@ class ValkeyServer:
 
 
 class KafkaBroker:
-    """A broker on one data directory and port, or a running one that is not ours to kill."""
+    """A broker on one data directory and port, or a running one that is not ours to kill.
+
+    The segment files of our own lie in `log_dir`/TOPIC-PARTITION.
+    """
 
     def __init__(self, data_dir: Path, *, bootstrap: str | None = None) -> None:
         self._data_dir = data_dir
+        self.log_dir = data_dir / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self._ports = (0, 0) if bootstrap else (free_port(), free_port())
         self.is_ours = bootstrap is None
