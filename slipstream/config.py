@@ -24,6 +24,9 @@ from urllib.parse import urlsplit
 import msgspec
 
 from slipstream.errors import ConfigError
+from slipstream.promotion import PromotionGate
+
+_GATE = PromotionGate()
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
@@ -71,10 +74,10 @@ class LearningConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 class GateConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The evaluator's window and the promotion gate; lengths in tokens per verification pass."""
 
-    margin: float = 0.01
-    domain_tolerance: float = 0.10
-    error_rate: Annotated[float, msgspec.Meta(gt=0, lt=0.5)] = 0.05
-    min_requests: PositiveInt = 12
+    margin: float = _GATE.margin
+    domain_tolerance: float = _GATE.domain_tolerance
+    error_rate: Annotated[float, msgspec.Meta(gt=0, lt=0.5)] = _GATE.error_rate
+    min_requests: PositiveInt = _GATE.min_requests
     recent_requests: PositiveInt = 48
 
 
@@ -167,10 +170,10 @@ def _checked_url(name: str, environ: Mapping[str, str], schemes: tuple[str, ...]
         parts = urlsplit(value)
         port_is_valid = parts.port is None or parts.port > 0
     except ValueError:
-        raise ConfigError(f"{name}={_redacted(value)}: not a URL; expected {_expected(schemes)}") from None
+        raise ConfigError(f"{name}={redacted(value)}: not a URL; expected {_expected(schemes)}") from None
     has_place = bool(parts.path) if parts.scheme in ("unix", "sqlite") else bool(parts.hostname)
     if parts.scheme not in schemes or not has_place or not port_is_valid:
-        raise ConfigError(f"{name}={_redacted(value)}: expected {_expected(schemes)}")
+        raise ConfigError(f"{name}={redacted(value)}: expected {_expected(schemes)}")
     return value
 
 
@@ -189,7 +192,8 @@ def _expected(schemes: tuple[str, ...]) -> str:
     return "a URL that starts with " + " or ".join(f"{scheme}://" for scheme in schemes) + " and names its place"
 
 
-def _redacted(url: str) -> str:
+def redacted(url: str) -> str:
+    """`url`, or a text with one in it, without user and password: fit for a message or a log."""
     # Greedy, up to the last @: a password may hold a slash or an @, which is then just what is wrong with the URL.
     return re.sub(r"password=[^&]*", "password=***", re.sub(r"//.*@", "//***@", url))
 

@@ -24,7 +24,7 @@ from slipstream.engine.request import Request, SamplingParams
 from slipstream.engine.scheduler import EngineLimits
 from slipstream.learning.distillation import Student, make_batch
 from slipstream.learning.replay import Kept, ReplayBuffer
-from slipstream.learning.shadow import Comparison, compare, score
+from slipstream.learning.shadow import ComparedVersions, compare, score
 from slipstream.models.checkpoint import load_checkpoint, target_digest
 from slipstream.models.decoder import initial_draft
 from slipstream.promotion import PromotionDecision, PromotionGate, decide
@@ -96,7 +96,7 @@ def turn(target_directory: Path, questions: Iterable[str], state: Path) -> Turn:
     report = compare(
         [score(challenger, one, num_draft_tokens=NUM_DRAFT_TOKENS) for one in held_out],
         [score(None, one, num_draft_tokens=NUM_DRAFT_TOKENS) for one in held_out],
-        of=Comparison(domain=DEFAULT_DOMAIN, challenger_version=version.version, look=1),
+        of=ComparedVersions(domain=DEFAULT_DOMAIN, challenger_version=version.version, look=1),
         num_recent=len(held_out),
         at=time.time(),
     )

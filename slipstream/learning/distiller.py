@@ -26,14 +26,14 @@ from slipstream.learning.distillation import Student, is_trainable, make_batch
 from slipstream.learning.replay import Kept, ReplayBuffer
 from slipstream.models.checkpoint import Checkpoint, check_draft, load_checkpoint
 from slipstream.models.decoder import initial_draft
+from slipstream.promoter import ROLE
 from slipstream.records import Observation, decode_observation, is_held_out, observation_id
 from slipstream.stores.protocols import LogEntry, ModelRegistry, PointerStore
 from slipstream.telemetry import WorkerMetrics
-from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION, Lineage, ModelVersion, OffsetRange, Role, ServingPointer
+from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION, Lineage, ModelVersion, OffsetRange, ServingPointer
 
 _logger = logging.getLogger(__name__)
 
-ROLE: Role = "draft"
 LINEAGE_FILE = "lineage.json"
 _PROTECTED_HISTORY = 10
 _MAX_WAITING_VERSIONS = 4
@@ -47,13 +47,13 @@ class Curriculum(msgspec.Struct, frozen=True, kw_only=True):
 
     target_digest: str
     vocab_size: int
+    observations_per_version: int
+    steps_per_version: int
+    batch_sequences: int
+    learning_rate: float
+    replay_ratio: float
+    keep_versions: int
     domain: str = DEFAULT_DOMAIN
-    observations_per_version: int = 48
-    steps_per_version: int = 120
-    batch_sequences: int = 4
-    learning_rate: float = 3e-3
-    replay_ratio: float = 0.5
-    keep_versions: int = 20
     code_commit: str = "unknown"
     initial: Path | None = None
 

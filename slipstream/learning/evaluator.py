@@ -13,18 +13,17 @@ from slipstream.engine.artifact import load_verified, local_path
 from slipstream.errors import ArtifactRejected, RecordError
 from slipstream.learning.distillation import is_trainable
 from slipstream.learning.replay import Kept, ReplayBuffer
-from slipstream.learning.shadow import Comparison, ReplayScore, compare, score
+from slipstream.learning.shadow import ComparedVersions, ReplayScore, compare, score
 from slipstream.models.checkpoint import Checkpoint, check_draft
-from slipstream.promoter import served_version
+from slipstream.promoter import ROLE, served_version
 from slipstream.promotion import EvaluationReport
 from slipstream.records import Observation, decode_observation, is_held_out, observation_id
 from slipstream.stores.protocols import LogEntry, ModelRegistry, PointerStore
 from slipstream.telemetry import WorkerMetrics
-from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION, Role
+from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 
 _logger = logging.getLogger(__name__)
 
-ROLE: Role = "draft"
 LOOK_REQUESTS = 4
 """Further held-out requests before a challenger is looked at again: every look costs a share of the error budget."""
 
@@ -138,7 +137,9 @@ class Evaluator:
         scores = {
             version: [self._score(version, draft, one) for one in observations] for version, draft in drafts.items()
         }
-        of = Comparison(domain=self._exam.domain, challenger_version=challenger, champion_version=champion, look=look)
+        of = ComparedVersions(
+            domain=self._exam.domain, challenger_version=challenger, champion_version=champion, look=look
+        )
         return compare(scores[challenger], scores[champion], of=of, num_recent=self._exam.num_recent, at=time.time())
 
     def _window(self) -> list[Observation]:

@@ -143,7 +143,7 @@ def _together(parts: Sequence[ReplayScore]) -> ReplayedRequest:
     )
 
 
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+class ComparedVersions(msgspec.Struct, frozen=True, kw_only=True):
     """Which versions are compared, and how often this challenger was looked at (first is 1)."""
 
     role: Role = "draft"
@@ -157,7 +157,7 @@ def compare(
     challenger: Sequence[ReplayScore],
     champion: Sequence[ReplayScore],
     *,
-    of: Comparison,
+    of: ComparedVersions,
     num_recent: int,
     at: float,
 ) -> EvaluationReport:

@@ -56,9 +56,14 @@ def store_artifact(source: Path, destination: Path) -> str:
     return destination.absolute().as_uri()
 
 
+def path_of_uri(uri: str) -> Path:
+    """The path that a file: URI names; the caller checks the scheme and that the path is where it may be."""
+    return Path(unquote(urlsplit(uri).path))
+
+
 def delete_artifact(uri: str, *, root: Path) -> None:
     """Delete the directory behind a URI of `store_artifact`; nothing happens if it is gone or not below `root`."""
-    path = Path(unquote(urlsplit(uri).path)).resolve()
+    path = path_of_uri(uri).resolve()
     if path.is_dir() and path.is_relative_to(root.resolve()) and path != root.resolve():
         # Renamed first: a deletion cut short must not leave half a directory under its final name.
         leaving = path.with_name(f".leaving-{uuid.uuid4().hex}")

@@ -16,13 +16,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 
+from slipstream.config import redacted
 from slipstream.errors import ConfigError, StoreError, StoreUnavailable
 from slipstream.promotion import EvaluationReport, lower_bound
-from slipstream.stores.artifacts import checked_name, delete_artifact, lineage_key, store_artifact, write_durably
+from slipstream.stores.artifacts import (
+    checked_name,
+    delete_artifact,
+    lineage_key,
+    path_of_uri,
+    store_artifact,
+    write_durably,
+)
 from slipstream.stores.protocols import Alias
 from slipstream.stores.rules import prunable, unknown_version
 from slipstream.versions import Lineage, ModelVersion, Role
@@ -202,7 +210,7 @@ class MlflowRegistry:
         condition = f"tags.`{_MODEL_TAG}` = '{name}'"
         runs = client.search_runs([experiment_id], condition, ViewType.ACTIVE_ONLY, max_results=1)
         run = runs[0] if runs else client.create_run(experiment_id, run_name=name, tags={_MODEL_TAG: name})
-        directory = Path(unquote(urlsplit(run.info.artifact_uri).path))
+        directory = path_of_uri(run.info.artifact_uri)
         if urlsplit(run.info.artifact_uri).scheme != "file" or not directory.is_relative_to(self._root):
             raise ConfigError(
                 f"experiment {self._namespace!r} keeps its files at {run.info.artifact_uri}, expected a place below "
@@ -239,7 +247,7 @@ class MlflowRegistry:
             yield
         except MlflowException as error:
             first_line = next(iter(str(error).splitlines()), "no reason given")
-            text = re.sub(r"//\S*@", "//***@", f"mlflow at {self._tracking_uri}: {first_line}")
+            text = redacted(f"mlflow at {self._tracking_uri}: {first_line}")
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 raise _Missing(text) from error
             if error.error_code in _REFUSALS:
@@ -274,7 +282,7 @@ def _version(found: Any, role: Role, domain: str) -> ModelVersion:
 
 
 def _report_path(version: ModelVersion) -> Path:
-    artifact = Path(unquote(urlsplit(version.artifact_uri).path))
+    artifact = path_of_uri(version.artifact_uri)
     return artifact.parent / "reports" / f"{artifact.name}.msgpack"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import threading
 import time
 import uuid
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 import redis
 
+from slipstream.config import redacted
 from slipstream.errors import ConfigError, StoreError, StoreUnavailable
 from slipstream.promotion import PromotionDecision
 from slipstream.stores import redis_scripts
@@ -390,7 +390,7 @@ def _client(url: str, *, timeout_s: float, **options: Any) -> Any:
             url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=None, protocol=2, **options
         )
     except ValueError as error:
-        raise ConfigError(f"redis URL {_redacted(url)}: {error}; expected redis://, rediss:// or unix://") from None
+        raise ConfigError(f"redis URL {redacted(url)}: {error}; expected redis://, rediss:// or unix://") from None
 
 
 @contextlib.contextmanager
@@ -403,17 +403,13 @@ def _translated(url: str) -> Iterator[None]:
         redis.exceptions.AuthorizationError,
         redis.exceptions.NoPermissionError,
     ) as error:
-        raise ConfigError(f"redis at {_redacted(url)} refuses us: {error}; correct the user or password") from error
+        raise ConfigError(f"redis at {redacted(url)} refuses us: {error}; correct the user or password") from error
     except redis.exceptions.ResponseError as error:
         if any(word in str(error) for word in (*_TRANSIENT, "NOGROUP")):
-            raise StoreUnavailable(f"redis at {_redacted(url)} cannot serve now: {error}") from error
-        raise StoreError(f"redis at {_redacted(url)}: {error}") from error
+            raise StoreUnavailable(f"redis at {redacted(url)} cannot serve now: {error}") from error
+        raise StoreError(f"redis at {redacted(url)}: {error}") from error
     except (redis.exceptions.RedisError, OSError) as error:
-        raise StoreUnavailable(f"redis at {_redacted(url)} does not answer: {error}") from error
-
-
-def _redacted(url: str) -> str:
-    return re.sub(r"password=[^&]*", "password=***", re.sub(r"//.*@", "//***@", url))
+        raise StoreUnavailable(f"redis at {redacted(url)} does not answer: {error}") from error
 
 
 def _batches(records: Sequence[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:

@@ -35,6 +35,8 @@ CURRICULUM = Curriculum(
     observations_per_version=5,
     steps_per_version=2,
     batch_sequences=2,
+    learning_rate=3e-3,
+    replay_ratio=0.5,
     keep_versions=1000,
 )
 DRAFT = ("draft", DEFAULT_DOMAIN)

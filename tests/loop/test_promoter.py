@@ -19,7 +19,7 @@ from slipstream.engine.engine import Engine
 from slipstream.engine.request import Request, SamplingParams
 from slipstream.engine.scheduler import EngineLimits
 from slipstream.errors import ConfigError, PromotionFrozen, StoreUnavailable, UnknownVersion
-from slipstream.learning.shadow import Comparison, compare, score
+from slipstream.learning.shadow import ComparedVersions, compare, score
 from slipstream.models.checkpoint import Checkpoint, checkpoint_digest, load_checkpoint, save_checkpoint
 from slipstream.models.decoder import initial_draft
 from slipstream.promoter import Promoter, initial_draft_dir, seed, served_version
@@ -436,7 +436,7 @@ def judged(challenger: Checkpoint, champion: Checkpoint, observations: list[Obse
     report = compare(
         [score(challenger, one, num_draft_tokens=4) for one in observations],
         [score(champion, one, num_draft_tokens=4) for one in observations],
-        of=Comparison(domain=DEFAULT_DOMAIN, challenger_version=2, champion_version=1, look=1),
+        of=ComparedVersions(domain=DEFAULT_DOMAIN, challenger_version=2, champion_version=1, look=1),
         num_recent=len(observations),
         at=0.0,
     )

@@ -13,7 +13,7 @@ from slipstream.acceptance import AcceptanceCounts, count
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import Request, SamplingParams
 from slipstream.engine.scheduler import EngineLimits
-from slipstream.learning.shadow import Comparison, ReplayScore, by_request, compare, score, simulated_rounds
+from slipstream.learning.shadow import ComparedVersions, ReplayScore, by_request, compare, score, simulated_rounds
 from slipstream.models.checkpoint import Checkpoint, checkpoint_digest, load_checkpoint
 from slipstream.models.decoder import initial_draft
 from slipstream.records import Observation
@@ -139,7 +139,7 @@ def test_comparison_pairs_requests_and_keeps_domains_apart() -> None:
         scored("a", "math", passes=10, accepted=0),
     ]
     champion = [scored(one.request_id, one.domain, passes=10, accepted=10) for one in challenger]
-    of = Comparison(domain="default", challenger_version=2, champion_version=1, look=1)
+    of = ComparedVersions(domain="default", challenger_version=2, champion_version=1, look=1)
     report = compare(challenger, champion, of=of, num_recent=1, at=0.0)
     # Request a: 1 + 10/20 against 1 + 20/20; request b: 1 + 20/10 against 1 + 10/10; the newest request is b.
     assert report.recent == (1.0,)
@@ -149,6 +149,6 @@ def test_comparison_pairs_requests_and_keeps_domains_apart() -> None:
 
 
 def test_scores_of_different_requests_are_refused() -> None:
-    of = Comparison(domain="default", challenger_version=2, look=1)
+    of = ComparedVersions(domain="default", challenger_version=2, look=1)
     with pytest.raises(ValueError, match="score both on one list"):
         compare([scored("a", "math", passes=1, accepted=0)], [], of=of, num_recent=1, at=0.0)
