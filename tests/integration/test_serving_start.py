@@ -119,9 +119,7 @@ def test_nothing_but_rays_own_ports_is_open_beyond_loopback(lonely: ServiceProce
 
 def test_every_ray_process_is_told_to_ask_for_the_token(lonely: ServiceProcess) -> None:
     mine = lonely.children()
-    told = {
-        pid for pid in mine if b"RAY_AUTH_MODE=token" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    }
+    told = {pid for pid in mine if b"RAY_AUTH_MODE=token" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")}
     rest = {pid: command for pid, command in mine.items() if pid not in told}
     assert told
     assert all(command.startswith(OVERWRITTEN) for command in rest.values()), rest
