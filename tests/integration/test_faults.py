@@ -30,7 +30,7 @@ from slipstream.config import Config, GateConfig, LearningConfig, ServingConfig,
 from slipstream.learning.distiller import LineageFile
 from slipstream.records import decode_observation, is_held_out, observation_id
 from slipstream.stores.opening import open_log, open_pointers, open_registry
-from slipstream.versions import DEFAULT_DOMAIN, OffsetRange
+from slipstream.versions import DEFAULT_DOMAIN
 from tests.servers import KafkaBroker, eventually, free_port
 
 CONCURRENCY = 3
@@ -191,10 +191,11 @@ def test_a_killed_replica_answers_its_running_requests_clearly_and_comes_back(de
     deployment.kill("target", named="ray::ServeReplica")
     num_killed = len(deployment.load.outcomes)
     deployment.loop_goes_on()
+    # A version that was on its way may be judged before the replica is back.
+    eventually(lambda: len(deployment.load.outcomes) > num_killed + CONCURRENCY, timeout_s=RECOVERY_S)
     failures = deployment.load.failures()
     assert len(failures) <= CONCURRENCY, "only what the replica was running may fail"
     assert all(failure.startswith("HTTP 5") for failure in failures), failures
-    assert len(deployment.load.outcomes) > num_killed + CONCURRENCY
     deployment.load.outcomes.clear()
 
 
@@ -202,37 +203,34 @@ def test_a_killed_replica_answers_its_running_requests_clearly_and_comes_back(de
 @pytest.mark.kafka
 @pytest.mark.timeout(600)
 def test_the_versions_lineage_is_exactly_what_the_log_acknowledged(deployment: Deployment) -> None:
-    """Runs last: after all the kills, every training observation is in exactly one version."""
+    """Runs last: after all the kills, every training observation up to the newest version is in exactly one."""
     deployment.load.stop()
     registry = open_registry(deployment.settings)
     lineages = registry.lineages("draft", DEFAULT_DOMAIN)
-    covered: Counter[tuple[int, int]] = Counter(
-        (one.partition, offset) for lineage in lineages.values() for one in lineage.offsets for offset in _offsets(one)
-    )
-    assert set(covered.values()) == {1}, "an offset belongs to two versions"
+    ends: dict[int, int] = {}
+    for version, lineage in sorted(lineages.items()):
+        for one in lineage.offsets:
+            assert one.start == ends.get(one.partition, 0), f"version {version} leaves a gap or covers an offset again"
+            ends[one.partition] = one.end
     in_versions: Counter[str] = Counter()
-    for version in registry.versions("draft", DEFAULT_DOMAIN):
-        path = Path(version.artifact_uri.removeprefix("file://")) / "lineage.json"
+    for registered in registry.versions("draft", DEFAULT_DOMAIN):
+        path = Path(registered.artifact_uri.removeprefix("file://")) / "lineage.json"
         in_versions.update(msgspec.json.decode(path.read_bytes(), type=LineageFile).observation_ids)
     assert set(in_versions.values()) == {1}, "an observation belongs to two versions"
-    in_log = _training_observations(deployment.settings, covered)
+    in_log = _training_observations(deployment.settings, ends)
     assert len(in_log) >= 8 * CONFIG.learning.observations_per_version
     assert in_log == set(in_versions)
 
 
-def _offsets(one: OffsetRange) -> range:
-    return range(one.start, one.end)
-
-
-def _training_observations(settings: Settings, covered: Counter[tuple[int, int]]) -> set[str]:
-    """Ids of the training observations that the log holds at covered offsets."""
+def _training_observations(settings: Settings, ends: dict[int, int]) -> set[str]:
+    """Ids of all training observations that the log holds below these ends, from its first record on."""
     log = open_log(settings)
     subscription = log.subscribe("faults-test")
     found: set[str] = set()
     while entries := eventually(lambda: [subscription.poll(max_records=500, timeout_s=5.0)])[0]:
         for entry in entries:
             observation = decode_observation(entry.record)
-            if (entry.partition, entry.offset) in covered and not is_held_out(observation.request_id):
+            if entry.offset < ends.get(entry.partition, 0) and not is_held_out(observation.request_id):
                 found.add(observation_id(observation))
     subscription.close()
     log.close()
