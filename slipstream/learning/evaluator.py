@@ -155,7 +155,8 @@ class Evaluator:
         key = version, observation_id(observation)
         if key not in self._scores:
             self._scores[key] = score(draft, observation, num_draft_tokens=self._exam.num_draft_tokens)
-        return self._scores[key]
+        # Callers name domains: a report has as many as the buffer, not one for every name there ever was.
+        return msgspec.structs.replace(self._scores[key], domain=self._held_out.domain_of(observation))
 
     def _draft(self, version: int) -> Checkpoint | None:
         """The loaded draft; None for version 0, or if its files are refused (logged once, never judged again)."""

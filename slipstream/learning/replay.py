@@ -60,6 +60,7 @@ class ReplayBuffer:
         self._max_per_domain = max_per_domain
         self._kept: dict[str, Kept] = {}
         self._evicted: dict[str, None] = {}
+        # By domain, the one least recently seen first; those without a place of their own share OTHER_DOMAIN.
         self._domains: dict[str, dict[str, None]] = {}
         self._unwritten = bytearray()
         self._num_dead_frames = 0
@@ -130,8 +131,12 @@ class ReplayBuffer:
         return [self._kept[name].observation for name in names]
 
     def domains(self) -> list[str]:
-        """The domains that have observations, sorted; beyond 16 they share the name `other`."""
+        """The domains that have observations, sorted: 15 seen last, and `other` for all before them."""
         return sorted(domain for domain, names in self._domains.items() if names)
+
+    def domain_of(self, observation: Observation) -> str:
+        """The observation's domain among `domains()`: its own name, or `other`."""
+        return observation.domain if observation.domain in self._domains else OTHER_DOMAIN
 
     def sample(
         self, num_observations: int, *, num_fresh: int, replay_ratio: float, chance: random.Random
@@ -179,20 +184,37 @@ class ReplayBuffer:
 
     def _remember(self, name: str, kept: Kept) -> None:
         self._kept[name] = kept
-        self._domains.setdefault(self._domain_of(kept.observation), {})[name] = None
+        self._see(kept.observation.domain)[name] = None
 
     def _forget(self, name: str) -> None:
         kept = self._kept.pop(name, None)
         if kept is not None:
-            self._domains[self._domain_of(kept.observation)].pop(name)
+            self._domains[self.domain_of(kept.observation)].pop(name)
         self._evicted[name] = None
         while len(self._evicted) > _MAX_FORGOTTEN:
             del self._evicted[next(iter(self._evicted))]
 
-    def _domain_of(self, observation: Observation) -> str:
-        # Callers name domains: without a bound they would also bound nothing here.
-        is_known = observation.domain in self._domains or len(self._domains) < MAX_DOMAINS - 1
-        return observation.domain if is_known else OTHER_DOMAIN
+    def _see(self, domain: str) -> dict[str, None]:
+        """The names of a domain, which is now the one last seen.
+
+        Callers name domains, so their number is bounded, and no name can keep a place that others need.
+        """
+        names = self._domains.pop(domain, None)
+        others = self._domains.setdefault(OTHER_DOMAIN, {})
+        if names is None:
+            names = {name: None for name in others if self._kept[name].observation.domain == domain}
+            for name in names:
+                del others[name]
+            if len(self._domains) >= MAX_DOMAINS:
+                self._give_up_place()
+        self._domains[domain] = names
+        return names
+
+    def _give_up_place(self) -> None:
+        """Let the domain least recently seen go to the others, which stay in their order of arrival."""
+        least_recent = next(domain for domain in self._domains if domain != OTHER_DOMAIN)
+        together = self._domains.pop(least_recent).keys() | self._domains[OTHER_DOMAIN].keys()
+        self._domains[OTHER_DOMAIN] = {name: None for name in self._kept if name in together}
 
     def _surplus(self, domain: str, ends: Mapping[int, int]) -> list[str]:
         names = self._domains[domain]

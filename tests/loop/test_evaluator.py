@@ -21,7 +21,7 @@ from slipstream.promotion import PromotionGate, decide
 from slipstream.records import encode, is_held_out
 from slipstream.stores.memory import MemoryLog, MemoryPointers, MemoryRegistry
 from slipstream.stores.protocols import LogEntry
-from slipstream.telemetry import WorkerMetrics
+from slipstream.telemetry import MAX_DOMAINS, WorkerMetrics
 from slipstream.versions import DEFAULT_DOMAIN, Lineage, ModelVersion
 from tests.observed import TARGET_DIGEST, VOCAB_SIZE, observation, of_another_target
 from workers.evaluator.worker import EvaluatorWorker
@@ -264,3 +264,18 @@ def test_a_log_that_came_back_empty_is_read_from_its_first_record_and_its_latest
     newest = room.worker._evaluator._held_out.newest(20)
     assert {one.request_id for one in newest} == set(HELD_OUT[60:80])
     assert len(room.worker._evaluator._held_out) == 50
+
+
+def test_a_report_has_a_bounded_number_of_domains_whatever_callers_name(
+    tmp_path: Path, drafts: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    room = Room(tmp_path)
+    for number, name in enumerate(HELD_OUT[:30]):
+        room.send([name], domain=f"named-{number}")
+    version = room.add(drafts["fresh"])
+    room.run()
+    report = room.registry.report(*DRAFT, version.version)
+    assert report is not None
+    assert len(report.domains) == MAX_DOMAINS
+    assert "other" in {one.domain for one in report.domains}
+    assert sum(len(one.differences) for one in report.domains) == 30

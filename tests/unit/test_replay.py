@@ -165,6 +165,34 @@ def test_a_batch_mixes_the_newest_with_older_ones_balanced_over_domains(tmp_path
     assert len({observation_id(one) for one in one_batch}) == 8
 
 
+def test_names_that_came_once_do_not_keep_the_place_of_a_domain_that_comes_again(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(tmp_path, max_per_domain=8)
+    for number in range(40):
+        buffer.append(kept(number, domain=f"once-{number}"))
+    for number in range(40, 60):
+        buffer.append(kept(number, domain="math" if number % 2 else f"once-{number}"))
+    assert "math" in buffer.domains()
+    assert [one.request_id for one in buffer.newest(2, domain="math")] == ["request-57", "request-59"]
+    assert buffer.domain_of(observation("any", domain="once-0")) == "other"
+    others = [int(one.request_id.removeprefix("request-")) for one in buffer.newest(100, domain="other")]
+    assert others == sorted(others)
+    buffer.flush()
+    assert ReplayBuffer(tmp_path, max_per_domain=8).domains() == buffer.domains()
+
+
+def test_a_domain_that_returns_takes_its_observations_back_from_the_others(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(tmp_path, max_per_domain=8)
+    for number in range(5):
+        buffer.append(kept(number, domain="math"))
+    for number in range(5, 30):
+        buffer.append(kept(number, domain=f"once-{number}"))
+    assert "math" not in buffer.domains()
+    buffer.append(kept(30, domain="math"))
+    assert len(buffer.newest(100, domain="math")) == 6
+    buffer.settle({0: 31})
+    assert len(buffer.domains()) == 16
+
+
 def test_an_unbounded_number_of_domains_shares_a_bounded_number_of_places(tmp_path: Path) -> None:
     buffer = ReplayBuffer(tmp_path, max_per_domain=3)
     for number in range(400):
