@@ -194,7 +194,8 @@ def test_a_killed_replica_answers_its_running_requests_clearly_and_comes_back(de
     # A version that was on its way may be judged before the replica is back.
     eventually(lambda: len(deployment.load.outcomes) > num_killed + CONCURRENCY, timeout_s=RECOVERY_S)
     failures = deployment.load.failures()
-    assert len(failures) <= CONCURRENCY, "only what the replica was running may fail"
+    # What it was running, and once more what its dying socket took in before the kernel closed it.
+    assert len(failures) <= 2 * CONCURRENCY, failures
     assert all(failure.startswith("HTTP 5") for failure in failures), failures
     deployment.load.outcomes.clear()
 
