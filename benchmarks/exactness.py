@@ -158,7 +158,11 @@ def main() -> int:
         at = f"at temperature {temperature:g}"
         goals += [
             Goal(figure=f"prompts whose tokens differ {at}", value=num_different, at_most=0),
-            Goal(figure=f"swaps under {IN_FLIGHT} requests {at}", value=num_busy, at_least=1 if arguments.quick else 3),
+            Goal(
+                figure=f"swaps with {IN_FLIGHT} or more in flight {at}",
+                value=num_busy,
+                at_least=1 if arguments.quick else 3,
+            ),
             Goal(figure=f"acceptance rate {at}", value=rate, at_least=0.2),
         ]
     columns = ("temperature", "prompts", "tokens", "different", "swaps", "with 20 in flight", "acceptance rate")
