@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,14 +12,26 @@ from types import FrameType
 
 from prometheus_client import start_http_server
 
-from slipstream.errors import ConfigError, StoreUnavailable
-from slipstream.telemetry import WorkerMetrics
+from slipstream.config import Settings, load_config
+from slipstream.errors import CheckpointError, ConfigError, StoreUnavailable
+from slipstream.telemetry import WorkerMetrics, configure_logging
 
 _logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
 _STORES = "stores"
+
+
+def run_process(module: str, run: Callable[[Settings], None]) -> int:
+    """Run a process until it is told to stop; its exit code: 2, after one line, for a wrong setting or checkpoint."""
+    configure_logging(module.rpartition(".")[2])
+    try:
+        run(load_config())
+    except (ConfigError, CheckpointError) as error:
+        print(f"{module}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run_turns(turn: Callable[[], bool], *, stop: threading.Event, metrics: WorkerMetrics, idle_s: float = 1.0) -> None:

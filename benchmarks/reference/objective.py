@@ -13,7 +13,7 @@ from torch.nn import functional
 from benchmarks.reference.corpus import Batch, TokenSequence, make_batch
 from slipstream.models.checkpoint import expected_shapes
 from slipstream.models.config import ModelConfig
-from slipstream.models.decoder import arrange, decode, logits_of, rotary_tables
+from slipstream.models.decoder import arrange, causal_decode, logits_of, rotary_tables
 
 LOAD_BALANCE_WEIGHT = 0.01
 ROUTER_Z_WEIGHT = 1e-4
@@ -56,16 +56,10 @@ def forward(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Tensor) 
     `decode` returns which experts were used; the logits behind that choice are caught where they are computed, at the
     product with a router's own matrix, so that the decoder stays the single definition.
     """
-    num_sequences, length = ids_BT.shape
     cos, sin = rotary_tables(config)
     decoder = arrange(config, weights)._replace(rotary=(cos.to(ids_BT.device), sin.to(ids_BT.device)))
     routers = {id(layer.router) for layer in decoder.layers if layer.router is not None}
     router_logits: list[Tensor] = []
-
-    def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (x.unflatten(0, (num_sequences, length)).transpose(1, 2) for x in (query, key, value))
-        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
 
     def linear(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
         out = functional.linear(x_TD, weight_ND)
@@ -73,9 +67,8 @@ def forward(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Tensor) 
             router_logits.append(out)
         return out
 
-    positions = torch.arange(length, device=ids_BT.device).repeat(num_sequences)
-    hidden_TD, expert_ids_TLK = decode(decoder, ids_BT.flatten(), positions, attend=attend, linear=linear)
-    logits_BTV = logits_of(decoder, hidden_TD, linear).view(num_sequences, length, -1)
+    hidden_TD, expert_ids_TLK = causal_decode(decoder, ids_BT, linear=linear)
+    logits_BTV = logits_of(decoder, hidden_TD, linear).view(*ids_BT.shape, -1)
     return Forward(logits_BTV, router_logits, [] if expert_ids_TLK is None else list(expert_ids_TLK.unbind(1)))
 
 

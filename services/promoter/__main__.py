@@ -5,21 +5,7 @@ from __future__ import annotations
 import sys
 
 from services.promoter.service import run
-from slipstream.config import load_config
-from slipstream.errors import CheckpointError, ConfigError
-from slipstream.telemetry import configure_logging
-
-
-def main() -> int:
-    """Run the service; the exit code."""
-    configure_logging("promoter")
-    try:
-        run(load_config())
-    except (ConfigError, CheckpointError) as error:
-        print(f"services.promoter: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from slipstream.turns import run_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process("services.promoter", run))

@@ -183,30 +183,30 @@ class Observer:
                 self._metrics.observations.labels("failed").inc(len(batch))
 
     def _send(self, batch: list[Observation]) -> None:
-        batch = [one for one in batch if self._is_sendable(one)]
+        encoded = [(one, encode(one)) for one in batch]
+        sendable = [(one, record) for one, record in encoded if self._is_sendable(one, record)]
         try:
-            self._log.append([(one.request_id, encode(one)) for one in batch])
+            self._log.append([(one.request_id, record) for one, record in sendable])
         except (StoreError, ConfigError) as error:
             # A password or permission that was changed under a running replica is an outage like any other.
-            self._put_back(batch, error)
+            self._put_back([one for one, _ in sendable], error)
         else:
             if self._num_failures:
                 logger.warning("the observation log answers again")
             self._num_failures = 0
             self._metrics.store_up.labels("log").set(1)
-            self._metrics.observations.labels("sent").inc(len(batch))
+            self._metrics.observations.labels("sent").inc(len(sendable))
 
-    def _is_sendable(self, observation: Observation) -> bool:
-        num_bytes = len(encode(observation))
-        if num_bytes > MAX_RECORD_BYTES:
+    def _is_sendable(self, observation: Observation, record: bytes) -> bool:
+        if len(record) > MAX_RECORD_BYTES:
             logger.error(
                 "observation of request %s has %d bytes, the log takes %d; it is dropped",
                 observation.request_id,
-                num_bytes,
+                len(record),
                 MAX_RECORD_BYTES,
             )
             self._metrics.observations.labels("failed").inc()
-        return num_bytes <= MAX_RECORD_BYTES
+        return len(record) <= MAX_RECORD_BYTES
 
     def _put_back(self, batch: list[Observation], error: StoreError | ConfigError) -> None:
         if not self._num_failures:

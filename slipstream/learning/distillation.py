@@ -24,7 +24,7 @@ from torch.nn import functional
 from slipstream.errors import CheckpointError
 from slipstream.models.checkpoint import expected_shapes, save_checkpoint
 from slipstream.models.config import ModelConfig
-from slipstream.models.decoder import arrange, causal_hidden, logits_of
+from slipstream.models.decoder import arrange, causal_decode, logits_of
 from slipstream.records import Observation, unpack_floats, unpack_ids
 
 MAX_SEQUENCE_TOKENS = 384
@@ -118,7 +118,7 @@ def generated_logits(config: ModelConfig, weights: Mapping[str, Tensor], batch: 
     is half of a small draft's work.
     """
     decoder = arrange(config, weights)
-    return logits_of(decoder, causal_hidden(decoder, batch.ids_BT)[batch.sources_G], functional.linear)
+    return logits_of(decoder, causal_decode(decoder, batch.ids_BT)[0][batch.sources_G], functional.linear)
 
 
 class Student:

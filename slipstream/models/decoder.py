@@ -140,8 +140,10 @@ def padded_rows(x_TD: Tensor, multiple: int = ROW_TILE) -> Tensor:
     return functional.pad(x_TD, (0, 0, 0, -len(x_TD) % multiple))
 
 
-def causal_hidden(decoder: DecoderWeights, ids_BT: Tensor) -> Tensor:
-    """Final hidden states [B * T, D] of whole sequences, differentiable in the decoder's weights.
+def causal_decode(
+    decoder: DecoderWeights, ids_BT: Tensor, *, linear: Linear = functional.linear
+) -> tuple[Tensor, Tensor | None]:
+    """What `decode` returns, for whole sequences laid end to end (B * T rows); differentiable in the decoder's weights.
 
     `ids_BT` is int64; what is padded on the right does not reach what stands before it.
     """
@@ -152,14 +154,14 @@ def causal_hidden(decoder: DecoderWeights, ids_BT: Tensor) -> Tensor:
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
-    positions = torch.arange(length).repeat(num_sequences)
-    return decode(decoder, ids_BT.flatten(), positions, attend=attend, linear=functional.linear)[0]
+    positions = torch.arange(length, device=ids_BT.device).repeat(num_sequences)
+    return decode(decoder, ids_BT.flatten(), positions, attend=attend, linear=linear)
 
 
 def causal_logits(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] of whole sequences (`causal_hidden`); index i predicts token i + 1."""
+    """Logits [B, T, V] of whole sequences (`causal_decode`); index i predicts token i + 1."""
     decoder = arrange(config, weights)
-    return logits_of(decoder, causal_hidden(decoder, ids_BT), functional.linear).view(*ids_BT.shape, -1)
+    return logits_of(decoder, causal_decode(decoder, ids_BT)[0], functional.linear).view(*ids_BT.shape, -1)
 
 
 def initial_draft(vocab_size: int, *, seed: int) -> tuple[ModelConfig, dict[str, Tensor]]:
