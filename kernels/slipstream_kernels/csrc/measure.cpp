@@ -1,0 +1,82 @@
+#include "measure.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <vector>
+
+#include "simd.h"
+
+namespace SLIPSTREAM_ISA {
+namespace {
+
+// Enough sums in flight to hide the four cycles of an addition on two ports, and few enough for 16 registers.
+constexpr int kSums = 8;
+
+// A result that nobody reads would let the compiler leave the work out.
+std::atomic<float> sink{0.0f};
+
+// Seconds from the moment all threads are ready until the last one is done.
+template <class Work>
+double seconds_on(int num_threads, Work work) {
+    std::atomic<int> num_ready{0};
+    std::atomic<bool> is_open{false};
+    std::vector<std::thread> threads;
+    for (int thread = 0; thread < num_threads; ++thread) {
+        threads.emplace_back([&, thread] {
+            num_ready.fetch_add(1);
+            while (!is_open.load()) std::this_thread::yield();
+            sink.store(work(thread));
+        });
+    }
+    while (num_ready.load() < num_threads) std::this_thread::yield();
+    const auto began = std::chrono::steady_clock::now();
+    is_open.store(true);
+    for (std::thread& thread : threads) thread.join();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+}
+
+float total(const Floats (&sums)[kSums]) {
+    float all = 0.0f;
+    for (const Floats& sum : sums) all += sum_lanes(sum);
+    return all;
+}
+
+float read(const float* data, int64_t num_floats, int num_passes) {
+    Floats sums[kSums] = {};
+    for (int pass = 0; pass < num_passes; ++pass) {
+        for (int64_t at = 0; at + kSums * kLanes <= num_floats; at += kSums * kLanes) {
+            for (int sum = 0; sum < kSums; ++sum) sums[sum] += load(data + at + sum * kLanes);
+        }
+    }
+    return total(sums);
+}
+
+float multiply_add(int64_t num_rounds) {
+    Floats sums[kSums] = {};
+    Floats factor = splat(1.0f), addend = splat(1e-9f);
+    for (int64_t round = 0; round < num_rounds; ++round) {
+#if defined(__GNUC__)
+        asm volatile("" : "+m"(factor), "+m"(addend));  // unknown again, or the rounds could be folded into one
+#endif
+        for (int sum = 0; sum < kSums; ++sum) sums[sum] = fma(sums[sum], factor, addend);
+        for (int sum = 0; sum < kSums; ++sum) sums[sum] = fma(sums[sum], factor, addend);
+    }
+    return total(sums);
+}
+
+}  // namespace
+
+double read_seconds(const void* data, int64_t num_bytes, int32_t num_threads, int32_t num_passes) {
+    const int64_t num_floats = num_bytes / int64_t(sizeof(float)), part = num_floats / num_threads;
+    const float* const from = static_cast<const float*>(data);
+    return seconds_on(num_threads, [=](int thread) { return read(from + thread * part, part, num_passes); });
+}
+
+double multiply_add_seconds(int32_t num_threads, int64_t num_rounds, int64_t* num_multiply_adds) {
+    *num_multiply_adds = num_threads * num_rounds * 2 * kSums * kLanes;
+    return seconds_on(num_threads, [=](int) { return multiply_add(num_rounds); });
+}
+
+}  // namespace SLIPSTREAM_ISA
