@@ -14,6 +14,7 @@ Source of the families: Hugging Face's modelling files of Llama, Qwen3 and Qwen3
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [T, heads, head_dim], key [T, kv heads, head_dim], value likewise) -> [T, heads, head_dim]."""
+
+RunExperts = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, x_TD, expert_ids_TK) -> each row's K experts, unweighted [T, K, D]."""
 
 
 class LayerWeights(NamedTuple):
@@ -97,15 +101,23 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def decode(
-    decoder: DecoderWeights, ids_T: Tensor, positions_T: Tensor, *, attend: Attend, linear: Linear
+    decoder: DecoderWeights,
+    ids_T: Tensor,
+    positions_T: Tensor,
+    *,
+    attend: Attend,
+    linear: Linear,
+    run_experts: RunExperts | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Final normalised hidden states [T, D], and the experts used, [T, L, K] int64 (None for a dense model).
 
-    `ids_T` and `positions_T` are int64. With `tiled_linear`, T must be a multiple of ROW_TILE.
+    `ids_T` and `positions_T` are integers. `run_experts` may compute the chosen experts in another way (with static
+    shapes, say); routing and the order of the weighted sum stay here. With `tiled_linear`, T must be a multiple of
+    ROW_TILE.
     """
     config = decoder.config
     cos_Td, sin_Td = (table[positions_T].unsqueeze(1) for table in decoder.rotary)
-    x_TD = decoder.embedding[ids_T]
+    x_TD = decoder.embedding[ids_T].float()
     experts: list[Tensor] = []
     for index, layer in enumerate(decoder.layers):
         qkv = linear(_norm(x_TD, layer.attention_norm, config), layer.qkv).unflatten(-1, (-1, config.head_dim))
@@ -118,7 +130,8 @@ def decode(
         if layer.router is None:
             x_TD = x_TD + _mlp(mlp_in, layer.gate_up[0], layer.down[0], linear)
         else:
-            mixed, expert_ids_TK = _mixture(mlp_in, layer, config, linear)
+            run = partial(run_experts, index) if run_experts else partial(_run_each, layer, linear)
+            mixed, expert_ids_TK = _mixture(mlp_in, layer, config, linear, run)
             x_TD = x_TD + mixed
             experts.append(expert_ids_TK)
     return _norm(x_TD, decoder.final_norm, config), torch.stack(experts, dim=1) if experts else None
@@ -202,20 +215,32 @@ def _mlp(x_TD: Tensor, gate_up: Tensor, down: Tensor, linear: Linear) -> Tensor:
     return linear(functional.silu(gate) * up, down)
 
 
-def _mixture(x_TD: Tensor, layer: LayerWeights, config: ModelConfig, linear: Linear) -> tuple[Tensor, Tensor]:
+def _mixture(
+    x_TD: Tensor,
+    layer: LayerWeights,
+    config: ModelConfig,
+    linear: Linear,
+    run: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
     """Weighted sum of each token's top-k experts [T, D], and their ids [T, K], best first."""
     assert layer.router is not None
     router_probs_TE = linear(x_TD, layer.router).softmax(dim=-1)
     weights_TK, expert_ids_TK = router_probs_TE.topk(config.experts_per_token, dim=-1)
     if config.normalizes_expert_weights:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    out_TKD = x_TD.new_zeros(*expert_ids_TK.shape, x_TD.shape[1])
-    for expert in expert_ids_TK.unique().tolist():
-        rows, ranks = (expert_ids_TK == expert).nonzero(as_tuple=True)
-        routed = _mlp(padded_rows(x_TD[rows]), layer.gate_up[expert], layer.down[expert], linear)
-        out_TKD[rows, ranks] = routed[: len(rows)]
+    out_TKD = run(x_TD, expert_ids_TK)
     # Best expert first: the order of the sum belongs to the row, not to the batch.
     mixed_TD = weights_TK[:, :1] * out_TKD[:, 0]
     for rank in range(1, config.experts_per_token):
         mixed_TD = mixed_TD + weights_TK[:, rank : rank + 1] * out_TKD[:, rank]
     return mixed_TD, expert_ids_TK
+
+
+def _run_each(layer: LayerWeights, linear: Linear, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """The routed experts' outputs [T, K, D], expert by expert over the rows that chose it."""
+    out_TKD = x_TD.new_zeros(*expert_ids_TK.shape, x_TD.shape[1])
+    for expert in expert_ids_TK.unique().tolist():
+        rows, ranks = (expert_ids_TK == expert).nonzero(as_tuple=True)
+        routed = _mlp(padded_rows(x_TD[rows]), layer.gate_up[expert], layer.down[expert], linear)
+        out_TKD[rows, ranks] = routed[: len(rows)]
+    return out_TKD
