@@ -23,7 +23,6 @@ from services.target.front_door import CALLER, FrontDoor, not_found
 from services.target.generation import Generation, Runner
 from services.target.openai_requests import GenerationCall, parse_chat, parse_completion
 from services.target.prompt_text import PromptText
-from services.target.text_stream import TextStream
 from slipstream import __version__
 from slipstream.engine.request import Request, SamplingParams
 from slipstream.errors import RequestError, RequestTooLarge, UnknownModel
@@ -103,17 +102,20 @@ class Ingress:
         call = await _beside_the_loop(parse, body, size=len(body))
         self._check_model(call.model)
         prompt_ids = await self._prompt_ids(call)
+        self._check_logit_bias(call)
         request = self._request(call, prompt_ids, http, arrived_at=arrived_at)
-        text = TextStream(self._prompt_text.token_bytes, call.stop)
+        token_bytes = self._prompt_text.token_bytes
         headers = self._version_headers()
-        answer = answers.answer_for(call, request_id=request.request_id, created=int(time.time()))
-        generation = Generation(self._runner, request, text=text, metrics=self._metrics)
-        num_prompt = len(request.prompt_ids)
+        answer = answers.answer_for(
+            call, request_id=request.request_id, created=int(time.time()), token_bytes=token_bytes
+        )
+        samples = _samples(request, call.num_samples)
+        generation = Generation(self._runner, samples, token_bytes=token_bytes, metrics=self._metrics)
         if call.stream:
-            events = _events(answer, generation, num_prompt=num_prompt)
+            events = _events(answer, generation, num_prompt=len(prompt_ids))
             return EventStream(events, on_close=generation.close, headers=headers)
         try:
-            whole = await while_connected(http.receive, _whole(answer, generation, num_prompt=num_prompt))
+            whole = await while_connected(http.receive, _whole(answer, generation, num_prompt=len(prompt_ids)))
         finally:
             generation.close()
         return Response(whole, headers=headers, media_type="application/json")
@@ -123,24 +125,41 @@ class Ingress:
     ) -> Request:
         """The engine's request; its id is always ours, so that two callers can never share one."""
         caller: Caller = http.scope[CALLER]
-        sampling = SamplingParams(
-            seed=secrets.randbits(63) if call.seed is None else call.seed,
-            max_tokens=self._max_tokens(call, len(prompt_ids)),
-            temperature=call.temperature,
-            top_k=call.top_k,
-            top_p=call.top_p,
-            stop_token_ids=self._model.stop_token_ids,
-        )
         return Request(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
-            sampling=sampling,
+            sampling=self._sampling(call, num_prompt=len(prompt_ids)),
             tenant=caller.tenant,
             domain=_domain(http),
             may_train=caller.may_train and not _switch(http, "x-slipstream-no-train", on="1", off="0", default=False),
             arrived_at=arrived_at,
             speculate=_switch(http, "x-slipstream-speculation", on="on", off="off", default=True),
+            num_logprobs=call.num_logprobs,
         )
+
+    def _sampling(self, call: GenerationCall, *, num_prompt: int) -> SamplingParams:
+        return SamplingParams(
+            seed=secrets.randbits(63) if call.seed is None else call.seed,
+            max_tokens=self._max_tokens(call, num_prompt),
+            temperature=call.temperature,
+            top_k=call.top_k,
+            top_p=call.top_p,
+            min_p=call.min_p,
+            repetition_penalty=call.repetition_penalty,
+            presence_penalty=call.presence_penalty,
+            frequency_penalty=call.frequency_penalty,
+            logit_bias=call.logit_bias,
+            stop_token_ids=self._model.stop_token_ids,
+            stop_strings=call.stop,
+        )
+
+    def _check_logit_bias(self, call: GenerationCall) -> None:
+        largest = max((token_id for token_id, _ in call.logit_bias), default=0)
+        if largest >= self._model.vocab_size:
+            raise RequestError(
+                f"logit_bias has token id {largest}, expected ids from 0 to {self._model.vocab_size - 1}",
+                param="logit_bias",
+            )
 
     def _check_model(self, name: str) -> None:
         if name != self._model.name:
@@ -236,24 +255,34 @@ class Ingress:
         return _json({"version": __version__, "model": self._model.name, "draft_version": self._runner.draft_version})
 
 
+def _samples(request: Request, num_samples: int) -> list[Request]:
+    """The engine's requests of one call: alike but for the sample index, which tells their noise apart."""
+    if num_samples == 1:
+        return [request]
+    return [
+        msgspec.structs.replace(
+            request,
+            request_id=f"{request.request_id}-{index}",
+            sampling=msgspec.structs.replace(request.sampling, sample_index=index),
+        )
+        for index in range(num_samples)
+    ]
+
+
 async def _whole(answer: answers.Answer, generation: Generation, *, num_prompt: int) -> bytes:
-    text = "".join([part async for part in generation.texts()])
-    counts = answers.usage(num_prompt=num_prompt, num_output=generation.num_tokens)
-    return answers.whole(answer, text=text, finish_reason=generation.finish_reason, counts=counts)
+    parts = [part async for part in generation.parts()]
+    return answers.whole(answer, parts, answers.usage(num_prompt=num_prompt, num_output=generation.num_tokens))
 
 
 async def _events(answer: answers.Answer, generation: Generation, *, num_prompt: int) -> AsyncIterator[bytes]:
     """The events of a streamed answer."""
-    if role := answers.role_event(answer):
-        yield role
-    async for text in generation.texts():
-        yield answers.text_event(answer, text)
+    if roles := answers.role_events(answer):
+        yield roles
+    async for part in generation.parts():
+        if events := answers.part_events(answer, part):
+            yield events
     counts = answers.usage(num_prompt=num_prompt, num_output=generation.num_tokens)
-    yield (
-        answers.finish_event(answer, generation.finish_reason)
-        + answers.usage_event(answer, counts)
-        + answers.STREAM_END
-    )
+    yield answers.usage_event(answer, counts) + answers.STREAM_END
 
 
 async def _beside_the_loop(work: Callable[[_A], _R], argument: _A, *, size: int) -> _R:

@@ -1,16 +1,20 @@
 """What callers get: the OpenAI answer shapes, whole or as server-sent events.
 
-A stream is one event per block of tokens that has text, then an event with the finish reason, then the usage event
-if it was asked for, then `[DONE]`. Without `include_usage` no event carries a `usage` field.
+A stream is, for every choice, one event per block of tokens that has text (or log-probabilities, if they were asked
+for), then an event with the finish reason; the events of several choices interleave. Then comes the usage event if it
+was asked for, then `[DONE]`. Without `include_usage` no event carries a `usage` field.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import msgspec
 
+from services.target.openai_logprobs import ReportedToken, reported_logprobs
 from services.target.openai_requests import GenerationCall, Kind
+from services.target.text_stream import TokenBytes
 
 FinishReason = Literal["stop", "length"]
 
@@ -24,50 +28,67 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     model: str
     created: int
+    num_choices: int
+    has_logprobs: bool
     include_usage: bool
+    token_bytes: TokenBytes
 
 
-def answer_for(call: GenerationCall, *, request_id: str, created: int) -> Answer:
-    """The frame of the answer to `call`; `request_id` is the engine's."""
+class ChoicePart(msgspec.Struct, frozen=True, kw_only=True):
+    """What one block of tokens adds to one choice; `finish_reason` is None in all but a choice's last part.
+
+    `tokens` are the tokens of the block if log-probabilities were asked for, whether or not their text is in it.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[ReportedToken, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+def answer_for(call: GenerationCall, *, request_id: str, created: int, token_bytes: TokenBytes) -> Answer:
+    """The frame of the answer to `call`; `request_id` is the call's."""
     prefix = "chatcmpl" if call.kind == "chat" else "cmpl"
     return Answer(
         answer_id=f"{prefix}-{request_id}",
         kind=call.kind,
         model=call.model,
         created=created,
+        num_choices=call.num_samples,
+        has_logprobs=call.num_logprobs is not None,
         include_usage=call.include_usage,
+        token_bytes=token_bytes,
     )
 
 
 def usage(*, num_prompt: int, num_output: int) -> dict[str, int]:
-    """Token counts; output counts every token the target emitted, the one that ended the answer included."""
+    """Token counts; output counts every token the target emitted, those that ended the choices included."""
     return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
 
 
-def whole(answer: Answer, *, text: str, finish_reason: FinishReason, counts: dict[str, int]) -> bytes:
-    """The JSON body of an answer that is not streamed."""
-    choice: dict[str, Any] = {"index": 0}
-    if answer.kind == "chat":
-        choice["message"] = {"role": "assistant", "content": text}
-    else:
-        choice["text"] = text
-    choice |= {"logprobs": None, "finish_reason": finish_reason}
-    return msgspec.json.encode(_frame(answer, "chat.completion") | {"choices": [choice], "usage": counts})
+def whole(answer: Answer, parts: Sequence[ChoicePart], counts: dict[str, int]) -> bytes:
+    """The JSON body of an answer that is not streamed: all its parts, put together by choice."""
+    choices = [_whole_choice(answer, index, parts) for index in range(answer.num_choices)]
+    return msgspec.json.encode(_frame(answer, "chat.completion") | {"choices": choices, "usage": counts})
 
 
-def role_event(answer: Answer) -> bytes:
-    """The first event of a chat; nothing for a completion."""
-    return _event(answer, {"role": "assistant", "content": ""}) if answer.kind == "chat" else b""
+def role_events(answer: Answer) -> bytes:
+    """The first event of each choice of a chat; nothing for a completion."""
+    if answer.kind != "chat":
+        return b""
+    delta = {"role": "assistant", "content": ""}
+    return b"".join(_event(answer, index, delta) for index in range(answer.num_choices))
 
 
-def text_event(answer: Answer, text: str) -> bytes:
-    """The event of a block with text."""
-    return _event(answer, {"content": text} if answer.kind == "chat" else text)
-
-
-def finish_event(answer: Answer, finish_reason: FinishReason) -> bytes:
-    """The last event with a choice."""
-    return _event(answer, {} if answer.kind == "chat" else "", finish_reason)
+def part_events(answer: Answer, part: ChoicePart) -> bytes:
+    """The event of a part with text or log-probabilities, and the last one of its choice; nothing if it has neither."""
+    is_chat, events = answer.kind == "chat", b""
+    if part.text or part.tokens:
+        text = {"content": part.text} if is_chat else part.text
+        events += _event(answer, part.index, text, tokens=part.tokens)
+    if part.finish_reason is not None:
+        events += _event(answer, part.index, {} if is_chat else "", finish_reason=part.finish_reason)
+    return events
 
 
 def usage_event(answer: Answer, counts: dict[str, int]) -> bytes:
@@ -101,9 +122,30 @@ def _frame(answer: Answer, chat_object: str) -> dict[str, Any]:
     return {"id": answer.answer_id, "object": object_name, "created": answer.created, "model": answer.model}
 
 
-def _event(answer: Answer, part: dict[str, str] | str, finish_reason: FinishReason | None = None) -> bytes:
-    choice: dict[str, Any] = {"index": 0, "delta" if answer.kind == "chat" else "text": part}
-    choice |= {"logprobs": None, "finish_reason": finish_reason}
+def _whole_choice(answer: Answer, index: int, parts: Sequence[ChoicePart]) -> dict[str, Any]:
+    own = [part for part in parts if part.index == index]
+    text = "".join(part.text for part in own)
+    logprobs = None
+    if answer.has_logprobs:
+        tokens = [token for part in own for token in part.tokens]
+        logprobs = reported_logprobs(answer.kind, tokens, answer.token_bytes)
+    said: dict[str, Any] = {"text": text}
+    if answer.kind == "chat":
+        said = {"message": {"role": "assistant", "content": text}}
+    return {"index": index} | said | {"logprobs": logprobs, "finish_reason": own[-1].finish_reason}
+
+
+def _event(
+    answer: Answer,
+    index: int,
+    said: dict[str, str] | str,
+    *,
+    tokens: Sequence[ReportedToken] = (),
+    finish_reason: FinishReason | None = None,
+) -> bytes:
+    choice: dict[str, Any] = {"index": index, "delta" if answer.kind == "chat" else "text": said}
+    logprobs = reported_logprobs(answer.kind, tokens, answer.token_bytes) if tokens else None
+    choice |= {"logprobs": logprobs, "finish_reason": finish_reason}
     chunk = _frame(answer, "chat.completion.chunk") | {"choices": [choice]}
     if answer.include_usage:
         chunk["usage"] = None

@@ -18,26 +18,23 @@ Kind = Literal["completion", "chat"]
 MAX_STOP_STRINGS: Final = 4
 MAX_STOP_CHARACTERS: Final = 256
 DEFAULT_COMPLETION_TOKENS: Final = 16
+MAX_SAMPLES: Final = 16
+MAX_LOGPROBS: Final = 20
+MAX_LOGIT_BIASES: Final = 300
 MAX_INTEGER: Final = 2**31 - 1
 """Of counts and token ids; what the model has room for is checked later."""
 
 MIN_TEMPERATURE: Final = 1e-4
 """What is below it is taken as 0: sampling is as good as greedy there, and logits divided by it may overflow."""
 
+MIN_REPETITION_PENALTY: Final = 1e-4
+"""Logits are divided by it: what is smaller may overflow them."""
+
 ROLES: Final = ("system", "developer", "user", "assistant")
 
 _HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "min_p": (0, 0.0),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -60,8 +57,10 @@ class GenerationCall(msgspec.Struct, frozen=True, kw_only=True):
     """A checked request body.
 
     `prompt` is text, token ids or messages (a chat). `max_tokens` None means: the rest of the context. `temperature` is
-    0 (greedy) or at least MIN_TEMPERATURE. `top_k` 0 and `top_p` 1 switch the filters off; `seed` None asks for a
-    random one.
+    0 (greedy) or at least MIN_TEMPERATURE. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filters off; penalties are
+    neutral at `repetition_penalty` 1 and 0 for the others. `logit_bias` holds (token id, bias), ids ascending. `seed`
+    None asks for a random one. `num_samples` is the number of choices of the answer. `num_logprobs` None asks for no
+    log-probabilities, N for those of the emitted tokens and of the N most likely ones.
     """
 
     kind: Kind
@@ -71,8 +70,15 @@ class GenerationCall(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
     seed: int | None
     stop: tuple[str, ...]
+    num_samples: int
+    num_logprobs: int | None
     stream: bool
     include_usage: bool
 
@@ -109,9 +115,6 @@ def _call(
     if model is None:
         raise RequestError("model is missing, expected the name that GET /v1/models lists", param="model")
     seed = _integer(body, "seed", low=0, high=2**63 - 1)
-    top_p = _number(body, "top_p", low=0.0, high=1.0)
-    if top_p == 0:
-        raise RequestError("top_p is 0, expected a number above 0 and at most 1", param="top_p")
     stream = bool(_typed(body, "stream", bool, "true or false"))
     return GenerationCall(
         kind=kind,
@@ -119,10 +122,17 @@ def _call(
         prompt=prompt,
         max_tokens=max_tokens,
         temperature=_temperature(body),
-        top_p=1.0 if top_p is None else top_p,
+        top_p=_top_p(body),
         top_k=_integer(body, "top_k", low=0, high=MAX_INTEGER) or 0,
+        min_p=_number(body, "min_p", low=0.0, high=1.0) or 0.0,
+        repetition_penalty=_number(body, "repetition_penalty", low=MIN_REPETITION_PENALTY, high=2.0) or 1.0,
+        presence_penalty=_number(body, "presence_penalty", low=-2.0, high=2.0) or 0.0,
+        frequency_penalty=_number(body, "frequency_penalty", low=-2.0, high=2.0) or 0.0,
+        logit_bias=_logit_bias(body),
         seed=seed,
         stop=_stop(body),
+        num_samples=_num_samples(body),
+        num_logprobs=_num_logprobs_of_chat(body) if kind == "chat" else _num_logprobs_of_completion(body),
         stream=stream,
         include_usage=_include_usage(body, stream=stream),
     )
@@ -133,6 +143,76 @@ def _temperature(body: Mapping[str, Any]) -> float:
     if temperature is None:
         return 1.0
     return 0.0 if temperature < MIN_TEMPERATURE else temperature
+
+
+def _top_p(body: Mapping[str, Any]) -> float:
+    top_p = _number(body, "top_p", low=0.0, high=1.0)
+    if top_p == 0:
+        raise RequestError("top_p is 0, expected a number above 0 and at most 1", param="top_p")
+    return 1.0 if top_p is None else top_p
+
+
+def _num_samples(body: Mapping[str, Any]) -> int:
+    num_samples = _integer(body, "n", low=1, high=MAX_SAMPLES) or 1
+    best_of = _integer(body, "best_of", low=1, high=MAX_SAMPLES)
+    if best_of is not None and best_of != num_samples:
+        raise RequestError(
+            f"best_of is {best_of}, expected {num_samples} as n: every sample is returned; leave it out",
+            param="best_of",
+        )
+    return num_samples
+
+
+def _num_logprobs_of_completion(body: Mapping[str, Any]) -> int | None:
+    if _integer(body, "top_logprobs", low=0, high=MAX_LOGPROBS):
+        raise RequestError(
+            f"top_logprobs is {body['top_logprobs']}, which chats take; expected it left out, and the number in "
+            "logprobs",
+            param="top_logprobs",
+        )
+    if body.get("logprobs") is False:
+        return None
+    return _integer(body, "logprobs", low=0, high=MAX_LOGPROBS)
+
+
+def _num_logprobs_of_chat(body: Mapping[str, Any]) -> int | None:
+    number = _integer(body, "top_logprobs", low=0, high=MAX_LOGPROBS)
+    if _typed(body, "logprobs", bool, "true or false"):
+        return number or 0
+    if number:
+        raise RequestError(
+            f"top_logprobs is {number} without logprobs: true, expected both; send logprobs: true or leave it out",
+            param="top_logprobs",
+        )
+    return None
+
+
+def _logit_bias(body: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
+    """(token id, bias) pairs in the order of the ids; whether the model has the ids is checked later."""
+    biases: dict[str, Any] = _typed(body, "logit_bias", dict, "an object of token ids and biases") or {}
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise RequestError(
+            f"logit_bias has {len(biases)} entries, expected at most {MAX_LOGIT_BIASES}", param="logit_bias"
+        )
+    return tuple(sorted((_token_id(key), _bias(biases, key)) for key in biases))
+
+
+def _token_id(key: str) -> int:
+    # One spelling per id, or one token could have two biases.
+    if not (key.isascii() and key.isdecimal() and len(key) <= len(str(MAX_INTEGER)) and str(int(key)) == key):
+        raise RequestError(
+            f"logit_bias has the key {_shown(key)}, expected a token id in decimal digits", param="logit_bias"
+        )
+    return int(key)
+
+
+def _bias(biases: Mapping[str, Any], key: str) -> float:
+    value = biases[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+        raise RequestError(
+            f"logit_bias of token {key} is {_shown(value)}, expected a number from -100 to 100", param="logit_bias"
+        )
+    return float(value)
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class TokenBytes:
     def __init__(self, tokenizer: Tokenizer) -> None:
         byte_of = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
         added = tokenizer.get_added_tokens_decoder()
+        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         self._bytes: list[bytes] = []
         for token_id in range(tokenizer.get_vocab_size(with_added_tokens=True)):
             if token_id in added:
@@ -34,12 +35,17 @@ class TokenBytes:
         """The bytes of a token; none for an id beyond the tokenizer (a padded vocabulary)."""
         return self._bytes[token_id] if token_id < len(self._bytes) else b""
 
+    def spelling(self, token_id: int) -> str:
+        """A token as a reader may see it: a special token's name, else its bytes, what is no UTF-8 replaced."""
+        return self._special.get(token_id) or self[token_id].decode("utf-8", "replace")
+
 
 class TextStream:
     """The text of one answer as its tokens arrive, cut before the first stop string.
 
-    `num_tokens` counts the tokens taken in; `is_stopped` says that a stop string was completed, after which nothing
-    more is emitted or counted.
+    `token_offsets` has an entry per token taken in: the number of characters that were complete before it, which is
+    where its own begin (or where the character does that it continues). `is_stopped` says that a stop string was
+    completed, after which nothing more is emitted or taken in.
     """
 
     def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = ()) -> None:
@@ -47,8 +53,14 @@ class TextStream:
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self.num_tokens = 0
+        self._num_characters = 0
+        self.token_offsets: list[int] = []
         self.is_stopped = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens taken in, the one that completed a stop string included."""
+        return len(self.token_offsets)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take a block in and return the text that is now certain; it may be empty."""
@@ -56,8 +68,10 @@ class TextStream:
         for token_id in token_ids:
             if self.is_stopped:
                 break
-            self.num_tokens += 1
-            emitted += self._take(self._decoder.decode(self._token_bytes[token_id]))
+            self.token_offsets.append(self._num_characters)
+            characters = self._decoder.decode(self._token_bytes[token_id])
+            self._num_characters += len(characters)
+            emitted += self._take(characters)
         return emitted
 
     def finish(self) -> str:

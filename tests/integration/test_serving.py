@@ -121,7 +121,7 @@ BAD_INPUT: list[tuple[str, dict[str, Any], int, str]] = [
     ("huge max_tokens", {"max_tokens": 10**9}, 400, "max_tokens is 1000000000, expected at most 1004"),
     ("prompt over the context", {"prompt": [5] * 2000}, 400, "prompt has 2000 tokens, expected 1 to 1023"),
     ("wrong type", {"temperature": "hot"}, 400, 'temperature is "hot", expected a number from 0 to 2'),
-    ("unserved field", {"n": 3}, 400, "n is 3, which is not supported"),
+    ("unserved field", {"echo": True}, 400, "echo is true, which is not supported"),
     ("bad domain", {"extra_headers": {"X-Slipstream-Domain": "A B"}}, 400, "X-Slipstream-Domain is 'A B'"),
 ]
 

@@ -24,12 +24,15 @@ def chat(**fields: Any) -> bytes:
 def test_defaults_are_those_of_the_openai_api() -> None:
     call = parse_completion(completion())
     assert (call.temperature, call.top_p, call.top_k, call.seed) == (1.0, 1.0, 0, None)
+    assert (call.min_p, call.repetition_penalty, call.presence_penalty, call.frequency_penalty) == (0, 1, 0, 0)
+    assert (call.logit_bias, call.num_samples, call.num_logprobs) == ((), 1, None)
     assert (call.max_tokens, call.stop, call.stream, call.include_usage) == (16, (), False, False)
     assert parse_chat(chat()).max_tokens is None
 
 
 def test_null_means_default() -> None:
-    fields = dict.fromkeys(("temperature", "top_p", "top_k", "seed", "stop", "stream", "n", "logprobs", "max_tokens"))
+    names = "temperature top_p top_k min_p seed stop stream n best_of logprobs top_logprobs max_tokens logit_bias "
+    fields = dict.fromkeys((names + "repetition_penalty presence_penalty frequency_penalty echo").split())
     assert parse_completion(completion(**fields)) == parse_completion(completion())
 
 
@@ -38,8 +41,32 @@ def test_unknown_fields_are_ignored() -> None:
 
 
 def test_values_that_ask_for_nothing_unserved_are_accepted() -> None:
-    harmless = {"n": 1, "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}, "tools": []}
+    harmless = {"logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}, "tools": [], "echo": False}
     assert parse_chat(chat(**harmless)) == parse_chat(chat())
+    assert parse_completion(completion(**harmless)) == parse_completion(completion())
+
+
+def test_what_shapes_the_distribution_is_read() -> None:
+    bias = {"4095": -100, "7": 2.5}
+    penalties = {"repetition_penalty": 1.25, "presence_penalty": -2, "frequency_penalty": 2}
+    for call in (
+        parse_completion(completion(min_p=0.5, logit_bias=bias, **penalties)),
+        parse_chat(chat(min_p=0.5, logit_bias=bias, **penalties)),
+    ):
+        assert (call.min_p, call.logit_bias) == (0.5, ((7, 2.5), (4095, -100.0)))
+        assert (call.repetition_penalty, call.presence_penalty, call.frequency_penalty) == (1.25, -2, 2)
+
+
+def test_samples_are_counted_by_n_which_best_of_may_repeat() -> None:
+    assert parse_completion(completion(n=16, best_of=16)).num_samples == 16
+    assert parse_chat(chat(n=3)).num_samples == 3
+
+
+@pytest.mark.parametrize("number", [0, 1, 20])
+def test_log_probabilities_are_a_number_in_completions_and_a_switch_with_a_number_in_chats(number: int) -> None:
+    assert parse_completion(completion(logprobs=number)).num_logprobs == number
+    assert parse_chat(chat(logprobs=True, top_logprobs=number)).num_logprobs == number
+    assert parse_chat(chat(logprobs=True)).num_logprobs == 0
 
 
 @pytest.mark.parametrize("prompt", ["text", ["text"]])
@@ -110,12 +137,37 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": 3}, "stop", "stop is 3"),
     ({"stream": "yes"}, "stream", 'stream is "yes", expected true or false'),
     ({"stream_options": {"include_usage": True}}, "stream_options", "without stream: true"),
-    ({"n": 2}, "n", "n is 2, which is not supported"),
-    ({"logprobs": 0}, "logprobs", "logprobs is 0, which is not supported"),
-    ({"echo": True}, "echo", "echo is true"),
-    ({"best_of": 3}, "best_of", "best_of is 3"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty is 0.5"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is"),
+    ({"n": 0}, "n", "n is 0, expected an integer from 1 to 16"),
+    ({"n": 17}, "n", "n is 17, expected an integer from 1 to 16"),
+    ({"n": 1.0}, "n", "n is 1.0, expected an integer"),
+    ({"best_of": 3}, "best_of", "best_of is 3, expected 1 as n"),
+    ({"n": 3, "best_of": 2}, "best_of", "best_of is 2, expected 3 as n"),
+    ({"logprobs": -1}, "logprobs", "logprobs is -1, expected an integer from 0 to 20"),
+    ({"logprobs": 21}, "logprobs", "logprobs is 21, expected an integer from 0 to 20"),
+    ({"logprobs": True}, "logprobs", "logprobs is true, expected an integer from 0 to 20"),
+    ({"top_logprobs": 2}, "top_logprobs", "top_logprobs is 2, which chats take"),
+    ({"presence_penalty": 2.1}, "presence_penalty", "presence_penalty is 2.1, expected a number from -2 to 2"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty", "frequency_penalty is -2.1, expected a number from -2 to 2"),
+    ({"frequency_penalty": "some"}, "frequency_penalty", 'frequency_penalty is "some"'),
+    ({"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty is 0, expected a number from 0.0001 to 2"),
+    ({"repetition_penalty": 2.1}, "repetition_penalty", "repetition_penalty is 2.1"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty", "repetition_penalty is 5e-324"),
+    ({"min_p": -0.1}, "min_p", "min_p is -0.1, expected a number from 0 to 1"),
+    ({"min_p": 1.1}, "min_p", "min_p is 1.1"),
+    ({"logit_bias": [5]}, "logit_bias", r"logit_bias is \[5\], expected an object"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "logit_bias of token 5 is 101, expected a number from -100 to 100"),
+    ({"logit_bias": {"5": None}}, "logit_bias", "logit_bias of token 5 is null"),
+    ({"logit_bias": {"5": True}}, "logit_bias", "logit_bias of token 5 is true"),
+    ({"logit_bias": {"5": 10**4000}}, "logit_bias", r"logit_bias of token 5 is 10+\.\.\., expected"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", 'logit_bias has the key "-1", expected a token id in decimal digits'),
+    ({"logit_bias": {"05": 1}}, "logit_bias", 'logit_bias has the key "05"'),
+    ({"logit_bias": {"the": 1}}, "logit_bias", 'logit_bias has the key "the"'),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias", r'logit_bias has the key "1+\.\.\., expected'),
+    ({"logit_bias": {str(one): 1 for one in range(301)}}, "logit_bias", "301 entries, expected at most 300"),
+    ({"echo": True}, "echo", "echo is true, which is not supported"),
+    ({"suffix": "end"}, "suffix", 'suffix is "end", which is not supported'),
+    ({"tools": [{}]}, "tools", "tools is"),
+    ({"audio": {}}, "audio", "audio is {}, which is not supported; leave it out or send null"),
     ({"response_format": {"type": "json_object"}}, "response_format", "response_format is"),
 ]
 
@@ -124,6 +176,22 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
 def test_a_bad_completion_names_field_value_and_expectation(fields: dict[str, Any], param: str, message: str) -> None:
     with pytest.raises(RequestError, match=message) as raised:
         parse_completion(completion(**fields))
+    assert raised.value.param == param
+
+
+BAD_CHAT_LOGPROBS: list[tuple[dict[str, Any], str, str]] = [
+    ({"logprobs": 5}, "logprobs", "logprobs is 5, expected true or false"),
+    ({"top_logprobs": 5}, "top_logprobs", "top_logprobs is 5 without logprobs: true"),
+    ({"logprobs": False, "top_logprobs": 5}, "top_logprobs", "top_logprobs is 5 without logprobs: true"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs is 21, expected an integer from 0 to 20"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "top_logprobs is -1"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "message"), BAD_CHAT_LOGPROBS, ids=lambda value: str(value)[:40])
+def test_bad_log_probabilities_of_a_chat_are_refused_by_name(fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as raised:
+        parse_chat(chat(**fields))
     assert raised.value.param == param
 
 
@@ -170,6 +238,14 @@ fields = st.sampled_from(
         "stop",
         "stream",
         "n",
+        "best_of",
+        "logprobs",
+        "top_logprobs",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
         "stream_options",
     ]
 )
@@ -188,3 +264,5 @@ def test_any_json_is_parsed_or_refused_by_name(body: dict[str, Any]) -> None:
             assert call.prompt
             assert 0 <= call.temperature <= 2
             assert 0 < call.top_p <= 1
+            assert 0 < call.repetition_penalty <= 2
+            assert 1 <= call.num_samples <= 16
