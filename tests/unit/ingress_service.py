@@ -24,7 +24,9 @@ PROMPT_TEXT = PromptText(TARGET)
 KEY = "secret-key"
 HASHED = hashlib.sha256(KEY.encode()).hexdigest()
 
-Script = Sequence[tuple[str, FinishReason | None]]
+Script = Sequence[tuple[str | tuple[int, ...], FinishReason | None]]
+"""Blocks of an answer, each as text or as token ids, with the finish reason if it is the last."""
+
 ANSWER: Script = (("SELECT", None), (" a", "stop"))
 
 END = 0
@@ -61,8 +63,11 @@ class ScriptedRunner:
 
     def _answer(self, request: Request, on_block: Callable[[TokenBlock], None]) -> None:
         script = self._scripts[min(request.sampling.sample_index, len(self._scripts) - 1)]
-        for text, finish_reason in script:
-            token_ids = () if finish_reason == "error" else PROMPT_TEXT.encode_raw(text)
+        for said, finish_reason in script:
+            text = said if isinstance(said, str) else ""
+            token_ids = PROMPT_TEXT.encode_raw(said) if isinstance(said, str) else said
+            if finish_reason == "error":
+                token_ids = ()
             on_block(
                 TokenBlock(
                     request_id=request.request_id,

@@ -190,17 +190,18 @@ def test_ready_follows_the_engine_and_health_does_not() -> None:
     assert service.send("GET", "/health").status_code == 200
 
 
+@pytest.mark.parametrize("num_samples", [1, 3])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_cancels_its_request(stream: bool) -> None:
+def test_a_client_that_leaves_cancels_all_its_samples(stream: bool, num_samples: int) -> None:
     service = Service([("SELECT", None)])  # a first block, and never an end
-    body = json.dumps({"model": "m", "prompt": "hi", "stream": stream}).encode()
+    body = json.dumps({"model": "m", "prompt": "hi", "stream": stream, "n": num_samples}).encode()
     left = asyncio.Event()
 
     async def receive() -> dict[str, Any]:
         if not received:
             received.append(True)
             return {"type": "http.request", "body": body, "more_body": False}
-        while not (left.is_set() if stream else service.runner.requests):
+        while not (left.is_set() if stream else len(service.runner.requests) == num_samples):
             await asyncio.sleep(0.001)
         return {"type": "http.disconnect"}
 
@@ -214,5 +215,6 @@ def test_a_client_that_leaves_cancels_its_request(stream: bool) -> None:
 
     received: list[bool] = []
     asyncio.run(call())
-    assert service.runner.cancelled == [service.runner.requests[0].request_id]
+    assert len(service.runner.requests) == num_samples
+    assert service.runner.cancelled == [request.request_id for request in service.runner.requests]
     assert service.count(499) == 1
