@@ -1,0 +1,80 @@
+// A decoder with its cache: weights packed for this instruction set, and one call for a whole forward pass.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "abi.h"
+#include "attention.h"
+#include "matmul.h"
+#include "pool.h"
+
+namespace SLIPSTREAM_ISA {
+
+using slipstream::Phases;
+using Buffer = std::unique_ptr<float[]>;
+
+struct Layer {
+    std::vector<float> attention_norm, query_norm, key_norm, mlp_norm, router;
+    Packed qkv, attention_out;
+    std::vector<Packed> gate_up, down;  // one per expert; a dense layer is one expert
+};
+
+// What one pass works on; every buffer is allocated once, for `max_rows` rows.
+struct Scratch {
+    Buffer x;           // residual stream [T, hidden]
+    Buffer normed;      // what a product reads [T, hidden]
+    Buffer qkv;         // [T, (heads + 2 kv heads) * head_dim], padded to panels
+    Buffer attended;    // [T, heads * head_dim]
+    Buffer delta;       // what attention adds [T, hidden], padded to panels
+    Buffer activated;   // silu(gate) * up of every chosen expert [T * K, inner], padded
+    Buffer expert_out;  // [T * K, hidden], padded to panels
+    // Per layer, since a thread that comes late may still look at an earlier layer's while others work on a later one.
+    std::vector<int32_t> experts;       // [L, T, K]
+    Buffer expert_weights;              // [L, T, K]
+    std::vector<int32_t> group_starts;  // [L, E + 1]: where an expert's choices begin in group_choices
+    std::vector<int32_t> group_choices; // [L, T * K]: row * K + rank
+    std::vector<int32_t> active;        // [L, E]: experts with a row, ascending
+    std::vector<int32_t> num_active;    // [L]
+    std::vector<int32_t> next_place;    // [E], while sorting
+    std::vector<Buffer> scores;         // per thread
+};
+
+class Decoder {
+   public:
+    explicit Decoder(const SlipstreamSizes& sizes);
+
+    // Take over a tensor; false if memory ran out or the part is unknown.
+    bool set(SlipstreamPart part, int layer, int expert, const void* data, SlipstreamType type);
+
+    // Logits [num_logit_rows, vocab]; experts [T, L, K] unless null or dense.
+    void forward(const SlipstreamPlan& plan, float* logits, int32_t* experts);
+
+    // `moves` holds (node slot, block, offset) triples.
+    void keep(int num_moves, const int32_t* moves);
+
+    size_t num_weight_bytes() const;
+
+   private:
+    friend struct ForwardPass;
+
+    HeadCache head_cache(int layer, int kv_head) const;
+    float* block_keys(int layer, int kv_head, int block) const;
+    float* block_values(int layer, int kv_head, int block) const;
+    float* node_keys(int layer, int kv_head, int slot) const;
+    float* node_values(int layer, int kv_head, int slot) const;
+    bool set_mlp(SlipstreamPart part, Layer& layer, int expert, const void* data, SlipstreamType type);
+
+    SlipstreamSizes sizes_;
+    int num_experts_, experts_per_token_, padded_hidden_, padded_inner_, qkv_width_;
+    const void* embedding_ = nullptr;
+    SlipstreamType embedding_type_ = kFp32;
+    const float *cosines_ = nullptr, *sines_ = nullptr;
+    std::vector<float> final_norm_;
+    Packed head_;
+    std::vector<Layer> layers_;
+    Buffer block_store_, node_store_;
+    Scratch scratch_;
+};
+
+}  // namespace SLIPSTREAM_ISA

@@ -1,0 +1,109 @@
+// Vectors of one instruction set. Every source is compiled once per set into its own namespace (SLIPSTREAM_ISA).
+//
+// Contraction is off (-ffp-contract=off), so a fused multiply-add happens exactly where `fma` is written.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace SLIPSTREAM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kMaxTileRows = 6;  // 6 rows x 4 vectors of accumulators leave 8 of 32 registers for weights and inputs
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kMaxTileRows = 3;  // 3 x 4 of 16 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kMaxTileRows = 3;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+
+inline Floats load(const float* from) {
+    Floats value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_FEATURE_FMA)
+    Floats out;
+    for (int lane = 0; lane < kLanes; ++lane) out[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return out;
+#else
+    return a * b + c;
+#endif
+}
+
+// The same operation on one lane: what a vector computes lane by lane, a scalar loop may compute too.
+inline float fma(float a, float b, float c) {
+#if defined(__AVX2__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+// Sum of the lanes, from the first to the last.
+inline float sum_lanes(Floats value) {
+    float total = value[0];
+    for (int lane = 1; lane < kLanes; ++lane) total += value[lane];
+    return total;
+}
+
+inline float max_lanes(Floats value) {
+    float largest = value[0];
+    for (int lane = 1; lane < kLanes; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+    return largest;
+}
+
+inline float bf16_to_float(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// e^x with a relative error below 2e-7; 0 below -87.3, as for -inf.
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7 (remainder below 6e-9).
+inline Floats exp(Floats x) {
+    const Floats is_kept = (Floats)(x > -87.3f);
+    const Floats bounded = max(x > 88.0f ? splat(88.0f) : x, splat(-87.3f));
+    const Floats shifted = fma(bounded, splat(1.44269504f), splat(12582912.0f));  // rounds to an integer
+    const Floats n = shifted - 12582912.0f;
+    Floats r = fma(n, splat(-0.693359375f), bounded);
+    r = fma(n, splat(2.12194440e-4f), r);
+    Floats sum = splat(1.0f / 5040);
+    sum = fma(sum, r, splat(1.0f / 720));
+    sum = fma(sum, r, splat(1.0f / 120));
+    sum = fma(sum, r, splat(1.0f / 24));
+    sum = fma(sum, r, splat(1.0f / 6));
+    sum = fma(sum, r, splat(0.5f));
+    sum = fma(sum, r, splat(1.0f));
+    sum = fma(sum, r, splat(1.0f));
+    const Ints exponent = ((Ints)shifted - 0x4B400000) << 23;
+    const Ints scaled = (Ints)sum + exponent;
+    return (Floats)(scaled & (Ints)is_kept);
+}
+
+}  // namespace SLIPSTREAM_ISA
