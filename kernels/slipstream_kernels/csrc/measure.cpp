@@ -1,11 +1,11 @@
-#include "measure.h"
-
-#include <algorithm>
+// What this machine could do at best, in the instruction set of the kernels: the roofline they are measured against.
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <thread>
 #include <vector>
 
+#include "export.h"
 #include "simd.h"
 
 namespace SLIPSTREAM_ISA {
@@ -67,16 +67,25 @@ float multiply_add(int64_t num_rounds) {
 }
 
 }  // namespace
+}  // namespace SLIPSTREAM_ISA
 
-double read_seconds(const void* data, int64_t num_bytes, int32_t num_threads, int32_t num_passes) {
-    const int64_t num_floats = num_bytes / int64_t(sizeof(float)), part = num_floats / num_threads;
+extern "C" {
+
+// Seconds in which `num_threads` threads, each with its own part, read `num_bytes` bytes `num_passes` times.
+double SLIPSTREAM_EXPORT(read_seconds)(const void* data, int64_t num_bytes, int32_t num_threads,
+                                       int32_t num_passes) noexcept {
+    const int64_t part = num_bytes / int64_t(sizeof(float)) / num_threads;
     const float* const from = static_cast<const float*>(data);
-    return seconds_on(num_threads, [=](int thread) { return read(from + thread * part, part, num_passes); });
+    return SLIPSTREAM_ISA::seconds_on(
+        num_threads, [=](int thread) { return SLIPSTREAM_ISA::read(from + thread * part, part, num_passes); });
 }
 
-double multiply_add_seconds(int32_t num_threads, int64_t num_rounds, int64_t* num_multiply_adds) {
+// Seconds in which `num_threads` threads do `num_rounds` rounds of multiply-adds each, in registers alone;
+// `num_multiply_adds` gets the number of all of them together.
+double SLIPSTREAM_EXPORT(multiply_add_seconds)(int32_t num_threads, int64_t num_rounds, int64_t* num_multiply_adds) noexcept {
+    using namespace SLIPSTREAM_ISA;
     *num_multiply_adds = num_threads * num_rounds * 2 * kSums * kLanes;
     return seconds_on(num_threads, [=](int) { return multiply_add(num_rounds); });
 }
 
-}  // namespace SLIPSTREAM_ISA
+}  // extern "C"
