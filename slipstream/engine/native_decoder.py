@@ -1,0 +1,99 @@
+"""A decoder in our own kernels: the exact path on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from slipstream_kernels.decoder import Decoder, Part, Sizes
+from torch import Tensor
+
+from slipstream.engine.plan import Move, StepOutput, StepPlan
+from slipstream.models.config import ModelConfig
+from slipstream.models.decoder import DecoderWeights, LayerWeights
+
+
+class NativeDecoder:
+    """A `PagedDecoder` whose every output row is a bitwise function of its own sequence, for any number of threads.
+
+    Weights are packed as they are stored, bf16 or fp32; activations and sums are fp32.
+    """
+
+    is_exact = True
+
+    def __init__(self, weights: DecoderWeights, *, num_blocks: int, num_node_slots: int, max_rows: int) -> None:
+        """Raises ValueError for sizes the kernels do not compute, MemoryError if the cache does not fit."""
+        self.config = weights.config
+        self._decoder = Decoder(_sizes(weights.config, num_blocks, num_node_slots, max_rows))
+        self._set_model(weights)
+        for index, layer in enumerate(weights.layers):
+            self._set_layer(index, layer)
+
+    def forward(self, plan: StepPlan) -> StepOutput:
+        """See `PagedDecoder.forward`; what it returns is overwritten by the next pass."""
+        logits_XV, expert_ids_TLK = self._decoder.forward(
+            ids_T=plan.ids_T,
+            positions_T=plan.positions_T,
+            sequences_T=plan.sequences_T,
+            block_tables_BC=plan.block_tables_BC,
+            num_committed_T=plan.num_committed_T,
+            node_slots_T=plan.node_slots_T,
+            ancestor_starts=plan.ancestor_starts,
+            ancestors=plan.ancestors,
+            logit_rows_X=plan.logit_rows_X,
+        )
+        return StepOutput(logits_XV, expert_ids_TLK if self.config.num_experts else None)
+
+    def keep(self, moves: Sequence[Move]) -> None:
+        """Copy accepted nodes into their blocks."""
+        if moves:
+            self._decoder.keep(np.array([(move.node_slot, move.block, move.offset) for move in moves], dtype=np.int32))
+
+    def _set_model(self, weights: DecoderWeights) -> None:
+        cosines, sines = weights.rotary
+        for part, tensor in (
+            (Part.EMBEDDING, weights.embedding),
+            (Part.FINAL_NORM, weights.final_norm),
+            (Part.HEAD, weights.head),
+            (Part.COSINES, cosines),
+            (Part.SINES, sines),
+        ):
+            self._decoder.set(part, tensor)
+
+    def _set_layer(self, index: int, layer: LayerWeights) -> None:
+        parts: tuple[tuple[Part, Tensor | None], ...] = (
+            (Part.ATTENTION_NORM, layer.attention_norm),
+            (Part.QKV, layer.qkv),
+            (Part.QUERY_NORM, layer.query_norm),
+            (Part.KEY_NORM, layer.key_norm),
+            (Part.ATTENTION_OUT, layer.attention_out),
+            (Part.MLP_NORM, layer.mlp_norm),
+            (Part.ROUTER, layer.router),
+        )
+        for part, tensor in parts:
+            if tensor is not None:
+                self._decoder.set(part, tensor, layer=index)
+        for expert, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
+            self._decoder.set(Part.GATE_UP, gate_up, layer=index, expert=expert)
+            self._decoder.set(Part.DOWN, down, layer=index, expert=expert)
+
+
+def _sizes(config: ModelConfig, num_blocks: int, num_node_slots: int, max_rows: int) -> Sizes:
+    return Sizes(
+        vocab=config.vocab_size,
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        layers=config.num_layers,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        qk_norm=config.qk_norm,
+        normalizes_expert_weights=config.normalizes_expert_weights,
+        norm_eps=config.rms_norm_eps,
+        num_positions=config.max_position_embeddings,
+        num_blocks=num_blocks,
+        num_node_slots=num_node_slots,
+        max_rows=max_rows,
+    )
