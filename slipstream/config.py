@@ -33,7 +33,10 @@ PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The target's replicas and their HTTP face; `initial_draft` is the draft of day one, "" for none."""
+    """The target's replicas and their HTTP face; `initial_draft` is the draft of day one, "" for none.
+
+    `kv_cache_tokens` is the K/V cache of a replica in positions, rounded up to blocks of 16: what bounds its memory.
+    """
 
     target: str = "deploy/models/mix-moe-11m"
     initial_draft: str = ""
@@ -46,6 +49,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_queued_requests: PositiveInt = 64
     max_step_tokens: PositiveInt = 512
     max_context_tokens: PositiveInt = 1024
+    kv_cache_tokens: PositiveInt = 16384
     num_draft_tokens: Annotated[int, msgspec.Meta(ge=0, le=16)] = 2
     pointer_poll_s: PositiveFloat = 2.0
 
@@ -128,6 +132,11 @@ def load_config(environ: Mapping[str, str] | None = None) -> Settings:
     named = environ.get("SLIPSTREAM_CONFIG")
     path = Path(named or "slipstream.toml")
     config = _read_toml(path, Config) if named or path.exists() else Config()
+    if config.serving.kv_cache_tokens < config.serving.max_context_tokens:
+        raise ConfigError(
+            f"serving.kv_cache_tokens is {config.serving.kv_cache_tokens}; expected at least "
+            f"serving.max_context_tokens, {config.serving.max_context_tokens}, or no request of that length ever fits"
+        )
     addresses = Addresses(
         redis=_checked_url("SLIPSTREAM_REDIS", environ, ("redis", "rediss", "unix")),
         kafka=_checked_hosts("SLIPSTREAM_KAFKA", environ),

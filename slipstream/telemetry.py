@@ -54,7 +54,11 @@ class ReplicaMetrics:
         )
         self.step_s = histogram("engine_step_seconds", "One step of the engine", _TOKEN_S)
         self.running = gauge("requests_running", "Requests in the batch")
-        self.waiting = gauge("requests_waiting", "Requests waiting for a slot")
+        self.waiting = gauge("requests_waiting", "Requests waiting for a slot or for blocks")
+        self.kv_blocks = gauge("kv_blocks", "Blocks of the K/V cache, 16 positions each")
+        self.kv_blocks_free = gauge("kv_blocks_free", "Blocks that no request holds, findable prefixes among them")
+        self.prefix_hit_tokens = counter("prefix_hit_tokens", "Tokens whose K/V were found instead of computed")
+        self.preemptions = counter("preemptions", "Requests sent back to the queue because blocks were short")
         self.observations = counter(
             "observations", "Observations by fate: sent, dropped (queue full), failed (too large)", "result"
         )

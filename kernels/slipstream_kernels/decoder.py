@@ -63,13 +63,7 @@ class Part(enum.IntEnum):
 
 
 class _Sizes(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int32)
-        for name in (
-            "vocab hidden inner layers heads kv_heads head_dim experts experts_per_token qk_norm "
-            "normalizes_expert_weights num_positions num_blocks num_node_slots max_rows"
-        ).split()
-    ] + [("norm_eps", ctypes.c_float)]
+    _fields_ = [(name, ctypes.c_int32) for name in Sizes._fields if name != "norm_eps"] + [("norm_eps", ctypes.c_float)]
 
 
 _ARRAYS = (

@@ -96,7 +96,8 @@ class BlockPool:
         Returns the block to stand in the holder's table: if another one is published under the key, that one, which
         it holds from now on instead of its own. So there is one block per prefix, and one path to each.
         """
-        assert self._counts[block] == 1 and self._keys[block] is None
+        assert self._counts[block] == 1
+        assert self._keys[block] is None
         found = self.find(key)
         if found is not None:
             self.release([block])

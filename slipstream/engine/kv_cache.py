@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.models.config import ModelConfig
-from slipstream.models.decoder import ROW_TILE, DecoderWeights, Linear, decode, logits_of, padded_rows, tiled_linear
+from slipstream.models.decoder import DecoderWeights, Linear, decode, logits_of
 
 CONTEXT_BLOCK = 64
+ROW_TILE = 8
+"""Rows per matrix product in serving; one request's verified chain usually fits one tile."""
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -121,7 +123,13 @@ class CachedDecoder:
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] of hidden states that `forward` returned."""
-        return logits_of(self.decoder, padded_rows(hidden_TD, self._row_multiple), self._linear)[: len(hidden_TD)]
+        return logits_of(self.decoder, hidden_TD, self._linear)
+
+
+def tiled_linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+    """x @ weight^T with every row's sums in an order fixed by its own tile."""
+    tiles = functional.pad(x_TD, (0, 0, 0, -len(x_TD) % ROW_TILE)).view(-1, ROW_TILE, x_TD.shape[1])
+    return torch.bmm(tiles, weight_OD.t().expand(len(tiles), -1, -1)).flatten(0, 1)[: len(x_TD)]
 
 
 def attend_tiles(query_THd: Tensor, keys_MHCd: Tensor, values_MHCd: Tensor, plan: StepPlan) -> Tensor:

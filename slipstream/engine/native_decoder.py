@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from slipstream_kernels.decoder import Decoder, Part, Sizes
 from torch import Tensor
 
 from slipstream.engine.plan import Move, StepOutput, StepPlan
 from slipstream.models.config import ModelConfig
 from slipstream.models.decoder import DecoderWeights, LayerWeights
+from slipstream_kernels.decoder import Decoder, Part, Sizes
 
 
 class NativeDecoder:

@@ -23,6 +23,9 @@ TILE_ROWS = 32
 CONTEXT_BLOCKS = 16
 """Blocks by which a padded context grows: 256 positions."""
 
+LARGE = 64
+"""Sizes above are padded to a multiple of it, sizes below to a power of two."""
+
 LEAST_NODES = 8
 """Node columns of a step with trees: every small tree has the same shape."""
 
@@ -117,25 +120,25 @@ class Layout(NamedTuple):
     nodes: SequenceNodes
 
 
-def lay_out(plan: StepPlan) -> Layout:
-    """Group the plan's rows into tiles, its nodes by sequence, and choose the padded sizes."""
+def lay_out(plan: StepPlan, *, is_padded: bool) -> Layout:
+    """Group the plan's rows into tiles and its nodes by sequence; sizes are padded to buckets, or exact."""
     num_sequences = len(plan.block_tables_BC)
     rows_of_B = np.bincount(plan.sequences_T, minlength=num_sequences)
-    tile_rows = bucket(min(int(rows_of_B.max()), TILE_ROWS), most=TILE_ROWS)
+    most_rows = min(int(rows_of_B.max()), TILE_ROWS)
+    tile_rows = bucket(most_rows) if is_padded else most_rows
     tiles_of_B = -(-rows_of_B // tile_rows)
     ranks = _ranks_within(plan.sequences_T, rows_of_B)
     tiles_T = (np.cumsum(tiles_of_B) - tiles_of_B)[plan.sequences_T] + ranks // tile_rows
     nodes = _nodes_of_sequences(plan, num_sequences)
-    num_blocks = -(-int(plan.num_committed_T.max()) // BLOCK_TOKENS)
-    most_nodes = int(np.diff(nodes.starts).max())
-    shape = StepShape(
-        num_rows=bucket(len(plan.ids_T)),
-        num_tiles=bucket(int(tiles_of_B.sum())),
+    exact = StepShape(
+        num_rows=len(plan.ids_T),
+        num_tiles=int(tiles_of_B.sum()),
         tile_rows=tile_rows,
-        num_blocks=-(-max(num_blocks, 1) // CONTEXT_BLOCKS) * CONTEXT_BLOCKS,
-        num_nodes=bucket(max(most_nodes, LEAST_NODES)) if most_nodes else 0,
-        num_logits=bucket(len(plan.logit_rows_X)),
+        num_blocks=-(-int(plan.num_committed_T.max()) // BLOCK_TOKENS),
+        num_nodes=int(np.diff(nodes.starts).max()),
+        num_logits=len(plan.logit_rows_X),
     )
+    shape = padded(exact) if is_padded else exact
     sequences_G = np.repeat(np.arange(num_sequences, dtype=np.int32), tiles_of_B)
     return Layout(shape, tiles_T.astype(np.int32), (ranks % tile_rows).astype(np.int32), sequences_G, nodes)
 
@@ -171,9 +174,21 @@ def fill(buffer: Int32, plan: StepPlan, layout: Layout, *, first_node_place: int
         sees_node.reshape(shape.num_tiles, shape.tile_rows, -1)[tiles, lanes, layout.nodes.columns] = 1
 
 
-def bucket(size: int, *, most: int = 64) -> int:
-    """The padded size: powers of two up to `most`, then its multiples; at least 1."""
-    return 1 << max(size - 1, 0).bit_length() if size <= most else -(-size // most) * most
+def padded(exact: StepShape) -> StepShape:
+    """The bucket that this shape falls into."""
+    return StepShape(
+        num_rows=bucket(exact.num_rows),
+        num_tiles=bucket(exact.num_tiles),
+        tile_rows=exact.tile_rows,
+        num_blocks=max(-(-exact.num_blocks // CONTEXT_BLOCKS), 1) * CONTEXT_BLOCKS,
+        num_nodes=bucket(max(exact.num_nodes, LEAST_NODES)) if exact.num_nodes else 0,
+        num_logits=bucket(exact.num_logits),
+    )
+
+
+def bucket(size: int) -> int:
+    """The padded size: 1, 2, 4, ... 64, 128, 192, ..."""
+    return 1 << max(size - 1, 0).bit_length() if size <= LARGE else -(-size // LARGE) * LARGE
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -1,7 +1,9 @@
 """The paged decoder in plain torch: the CUDA path, and the one on CPU where no C++ compiler is found.
 
-One pass is one copy of the plan to the device (`tiling`) and one function of static shapes (`_compute`), which reads
-nothing back: logits and expert ids stay on the device. Activations are fp32; products run in the weights' dtype.
+One pass is one copy of the plan to the device (`tiling`) and one function of it (`_compute`). With static shapes, that
+function reads nothing back and its sizes come from the padded plan alone, so that CUDA graphs can hold it: logits and
+expert ids stay on the device, and the one read of a step is the engine's, of the tokens chosen. Activations are fp32;
+products and the cache have the weights' dtype.
 
 It does not promise that a row's result is bitwise independent of its batch mates: matrix libraries choose the order
 of their sums by the shape of the whole product.
@@ -10,22 +12,43 @@ of their sums by the shape of the whole product.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.engine.captured import CapturedSteps
 from slipstream.engine.plan import BLOCK_TOKENS, Move, StepOutput, StepPlan
+from slipstream.engine.products import StackedExperts, mixed_linear, run_experts
 from slipstream.engine.tiling import StepShape, TiledStep, fill, lay_out, views
 from slipstream.models.decoder import DecoderWeights, LayerWeights, decode, logits_of
+
+StepKind = Literal["exact", "static", "captured"]
+"""How a step runs: in its exact sizes; padded and without a look at data; or that, from CUDA graphs."""
+
+
+class _View(NamedTuple):
+    """What attention of one pass reads and writes: int64 places of the cache, and who sees what.
+
+    `is_visible` is [G, 1, heads per key head * W, C]: query heads that share a key head are rows of one attention.
+    """
+
+    write_places_T: Tensor
+    tile_rows_GW: Tensor
+    tile_places_T: Tensor
+    places_GC: Tensor
+    is_visible: Tensor
 
 
 class TorchDecoder:
     """A `PagedDecoder` on any device.
 
     Keys and values of all layers are one tensor [2, L, places, Hk, d]: first the blocks' positions, then the node
-    slots, last one scrap place that takes what padding rows write. `is_exact` is False: see the module's docstring.
+    slots, last one scrap place that takes what padding rows write. `steps` is "captured" on CUDA and "exact" elsewhere
+    unless said otherwise. `is_exact` is False: see the module's docstring.
     """
 
     is_exact = False
@@ -39,11 +62,20 @@ class TorchDecoder:
         max_rows: int,
         device: torch.device | str,
         dtype: torch.dtype,
+        steps: StepKind | None = None,
     ) -> None:
         config = weights.config
         self.config = config
         self._device = torch.device(device)
+        steps = steps or ("captured" if self._device.type == "cuda" else "exact")
+        self._is_padded = steps != "exact"
         self._weights = _placed(weights, self._device, dtype)
+        self._experts: list[StackedExperts] = []
+        if self._is_padded and config.num_experts:
+            self._experts = [StackedExperts(*map(torch.stack, (l.gate_up, l.down))) for l in self._weights.layers]
+            # The single matrices would hold the same memory a second time.
+            bare = tuple(layer._replace(gate_up=(), down=()) for layer in self._weights.layers)
+            self._weights = self._weights._replace(layers=bare)
         self._max_rows = max_rows
         self._first_node_place = num_blocks * BLOCK_TOKENS
         self._scrap_place = self._first_node_place + num_node_slots
@@ -52,7 +84,7 @@ class TorchDecoder:
             dtype=dtype,
             device=self._device,
         )
-        self._offsets = torch.arange(BLOCK_TOKENS, device=self._device)
+        self._captured = CapturedSteps(self._compute, self._device) if steps == "captured" else None
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> StepOutput:
@@ -60,17 +92,13 @@ class TorchDecoder:
         num_rows, num_logits = len(plan.ids_T), len(plan.logit_rows_X)
         if num_rows > self._max_rows:
             raise ValueError(f"the plan has {num_rows} rows, this decoder was built for max_rows={self._max_rows}")
-        layout = lay_out(plan)
+        layout = lay_out(plan, is_padded=self._is_padded)
+        # Pinned memory comes from torch's cache of it, which gives none back before its copies have run.
         host = torch.empty(layout.shape.num_ints, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        fill(
-            host.numpy(),
-            plan,
-            layout,
-            first_node_place=self._first_node_place,
-            scrap_place=self._scrap_place,
-        )
-        step = views(host.to(self._device, non_blocking=True), layout.shape)
-        logits_XV, expert_ids_TLK = self._compute(step, layout.shape)
+        places = (self._first_node_place, self._scrap_place)
+        fill(host.numpy(), plan, layout, first_node_place=places[0], scrap_place=places[1])
+        run = self._captured.run if self._captured else self._compute
+        logits_XV, expert_ids_TLK = run(host, layout.shape)
         return StepOutput(logits_XV[:num_logits], None if expert_ids_TLK is None else expert_ids_TLK[:num_rows])
 
     @torch.inference_mode()
@@ -85,42 +113,54 @@ class TorchDecoder:
         sources, destinations = host.to(self._device, non_blocking=True)
         self._cache.index_copy_(2, destinations, self._cache.index_select(2, sources))
 
-    def _compute(self, step: TiledStep, shape: StepShape) -> tuple[Tensor, Tensor | None]:
-        """Logits [X, V] fp32 and expert ids [T, L, K] of a padded step; all sizes come from `shape`."""
-        in_blocks = step.blocks_GC.unsqueeze(-1) * BLOCK_TOKENS + self._offsets
-        places_GC = torch.cat([in_blocks.flatten(1), step.node_places_GN], dim=1)
-        context = torch.arange(shape.num_blocks * BLOCK_TOKENS, device=self._device)
-        is_visible_GWC = torch.cat([context < step.num_committed_GW.unsqueeze(-1), step.sees_node_GWN.bool()], dim=-1)
-        # Query heads that share a key head become further rows of one attention over it.
-        is_visible = is_visible_GWC.repeat(1, self.config.num_heads // self.config.num_kv_heads, 1).unsqueeze(1)
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs captured so far."""
+        return len(self._captured) if self._captured else 0
 
-        def attend(layer: int, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
-            keys, values = self._cache[:, layer]
-            keys[step.write_places_T], values[step.write_places_T] = key_THd.to(keys), value_THd.to(keys)
-            tiles = query_THd.to(keys)[step.tile_rows_GW].unflatten(2, (self.config.num_kv_heads, -1))
-            out = functional.scaled_dot_product_attention(
-                tiles.permute(0, 2, 3, 1, 4).flatten(2, 3),
-                keys[places_GC].transpose(1, 2),
-                values[places_GC].transpose(1, 2),
-                attn_mask=is_visible,
-            )
-            out = out.unflatten(2, (-1, shape.tile_rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-            return out.flatten(0, 1)[step.tile_places_T].to(query_THd)
-
+    def _compute(self, buffer: Tensor, shape: StepShape) -> tuple[Tensor, Tensor | None]:
+        """Logits [X, V] fp32 and expert ids [T, L, K] of the step in this buffer; all sizes come from `shape`."""
+        step = views(buffer.to(self._device, non_blocking=True), shape)
+        view = self._view_of(step, shape)
         hidden_TD, expert_ids_TLK = decode(
-            self._weights, step.ids_T, step.positions_T, attend=attend, linear=mixed_linear
+            self._weights,
+            step.ids_T,
+            step.positions_T,
+            attend=partial(self._attend, view),
+            linear=mixed_linear,
+            run_experts=self._run_experts if self._experts else None,
         )
         return logits_of(self._weights, hidden_TD[step.logit_rows_X], mixed_linear), expert_ids_TLK
 
+    def _run_experts(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        return run_experts(self._experts[layer], x_TD, expert_ids_TK)
 
-def mixed_linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
-    """x @ weight^T in the weight's dtype, summed and returned in fp32."""
-    if weight_OD.dtype == torch.float32:
-        return functional.linear(x_TD, weight_OD)
-    if weight_OD.is_cuda:
-        return torch.mm(x_TD.to(weight_OD), weight_OD.t(), out_dtype=torch.float32)
-    # The CPU has no product of bf16 that keeps its fp32 sums; there this serves tests only.
-    return functional.linear(x_TD.to(weight_OD), weight_OD).float()
+    def _view_of(self, step: TiledStep, shape: StepShape) -> _View:
+        device = step.blocks_GC.device
+        in_blocks = step.blocks_GC.unsqueeze(-1) * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=device)
+        context = torch.arange(shape.num_blocks * BLOCK_TOKENS, device=device)
+        is_committed_GWC = context < step.num_committed_GW.unsqueeze(-1)
+        is_visible = torch.cat([is_committed_GWC, step.sees_node_GWN.bool()], dim=-1)
+        return _View(
+            step.write_places_T.long(),
+            step.tile_rows_GW.long(),
+            step.tile_places_T.long(),
+            torch.cat([in_blocks.flatten(1), step.node_places_GN], dim=1).long(),
+            is_visible.repeat(1, self.config.num_heads // self.config.num_kv_heads, 1).unsqueeze(1),
+        )
+
+    def _attend(self, view: _View, layer: int, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
+        keys, values = self._cache[:, layer]
+        keys[view.write_places_T], values[view.write_places_T] = key_THd.to(keys), value_THd.to(keys)
+        tiles = query_THd.to(keys)[view.tile_rows_GW].unflatten(2, (self.config.num_kv_heads, -1))
+        out = functional.scaled_dot_product_attention(
+            tiles.permute(0, 2, 3, 1, 4).flatten(2, 3),
+            keys[view.places_GC].transpose(1, 2),
+            values[view.places_GC].transpose(1, 2),
+            attn_mask=view.is_visible,
+        )
+        out = out.unflatten(2, (-1, tiles.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return out.flatten(0, 1)[view.tile_places_T].to(query_THd)
 
 
 def _placed(weights: DecoderWeights, device: torch.device, dtype: torch.dtype) -> DecoderWeights:

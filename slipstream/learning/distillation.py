@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
 
 from slipstream.errors import CheckpointError
 from slipstream.models.checkpoint import expected_shapes, save_checkpoint
@@ -118,7 +117,7 @@ def generated_logits(config: ModelConfig, weights: Mapping[str, Tensor], batch: 
     is half of a small draft's work.
     """
     decoder = arrange(config, weights)
-    return logits_of(decoder, causal_decode(decoder, batch.ids_BT)[0][batch.sources_G], functional.linear)
+    return logits_of(decoder, causal_decode(decoder, batch.ids_BT)[0][batch.sources_G])
 
 
 class Student:
@@ -131,8 +130,10 @@ class Student:
         self.config = config
         self.num_steps = 0
         self._learning_rate = learning_rate
-        self._leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in weights.items()}
-        self._average = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        # Copies in fp32, which is what is trained, whatever the weights were stored in.
+        weights = {name: tensor.detach().float() for name, tensor in weights.items()}
+        self._leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+        self._average = {name: tensor.clone() for name, tensor in weights.items()}
         self._optimizer = torch.optim.AdamW(
             list(self._leaves.values()), lr=learning_rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=True
         )

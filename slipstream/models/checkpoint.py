@@ -1,8 +1,9 @@
-"""Weights on disk and their digests: safetensors only, every tensor checked by name and shape.
+"""Checkpoints and their digests: safetensors only, every tensor checked by name and shape.
 
 Two checkpoints have the same digest exactly if they compute the same function: the digest is over the architecture and
 the tensors' names, shapes and fp32 values, so that bf16 on disk and fp32 in memory agree, and what a replica reports is
-what it runs.
+what it runs. Nothing in a directory is ever executed: no pickle, no code of a repository (`auto_map`,
+`trust_remote_code`), only config.json and safetensors are read.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from slipstream.errors import ArtifactRejected, CheckpointError
 from slipstream.models.config import ModelConfig, read_config, to_hugging_face
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from slipstream.models.layouts import EMBEDDING, HEAD, in_memory, stored_name
+from slipstream.models.shards import read_tensors, weight_files
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """A loaded decoder: fp32 `weights` under Hugging Face names, `digest` of exactly this config and these tensors."""
+    """A loaded decoder: `weights` under the names of `expected_shapes`, `digest` of exactly this config and these.
+
+    The weights keep the dtypes they were stored in (bf16, fp16, fp32); `models.decoder.arrange` converts.
+    """
 
     config: ModelConfig
     weights: dict[str, Tensor]
@@ -33,31 +36,32 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint in a Hugging Face directory (config.json, *.safetensors).
+    """The checkpoint in a Hugging Face directory (config.json, *.safetensors), one file or shards with their index.
 
     Raises CheckpointError for a missing file, an unsupported field, or a missing, surplus or misshapen tensor.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; expected a Hugging Face checkpoint (config.json, weights)")
     config = read_config(directory / "config.json")
-    shapes = dict(expected_shapes(config))
-    weights = {name: tensor.float() for name, tensor in _tensors(directory)}
-    if config.ties_embeddings and "lm_head.weight" in weights:
-        # Some writers store the shared matrix under the head's name, some under both.
-        weights.setdefault("model.embed_tokens.weight", weights["lm_head.weight"])
-        del weights["lm_head.weight"]
-    _check_names_and_shapes(directory, shapes, weights)
+    mapped = in_memory(config, read_tensors(directory))
+    _check_names_and_shapes(directory, dict(expected_shapes(config)), mapped)
+    # Copies: what is served must not change, or end, with the file that was read.
+    weights = {name: mapped[name].clone() for name in mapped}
     return Checkpoint(config, weights, checkpoint_digest(config, weights))
 
 
 def save_checkpoint(
-    directory: Path, config: ModelConfig, weights: Mapping[str, Tensor], *, dtype: torch.dtype = torch.bfloat16
+    directory: Path, config: ModelConfig, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = torch.bfloat16
 ) -> str:
-    """Write config.json and model.safetensors in `dtype`; returns the digest of what was stored."""
+    """Write config.json and model.safetensors in `dtype` (None: each tensor in its own); the digest of what it stored.
+
+    Names are those of the family's Hugging Face files.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.detach().to(dtype).contiguous() for name, tensor in weights.items()}
-    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
-    fields = to_hugging_face(config) | {"dtype": str(dtype).removeprefix("torch.")}
+    stored = {name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}
+    by_file_name = {stored_name(config, name): tensor for name, tensor in stored.items()}
+    save_file(by_file_name, directory / "model.safetensors", metadata={"format": "pt"})
+    fields = to_hugging_face(config) | {"dtype": str(stored[EMBEDDING].dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     return checkpoint_digest(config, stored)
 
@@ -68,14 +72,14 @@ def checkpoint_digest(config: ModelConfig, weights: Mapping[str, Tensor]) -> str
     for name in sorted(weights):
         tensor = weights[name].detach().float().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.numpy())
     return digest.hexdigest()
 
 
 def target_digest(directory: Path) -> str:
     """SHA-256 (hex) that names a target: its architecture, tokenizer and weight files, byte by byte."""
     digest = hashlib.sha256()
-    for path in [directory / "config.json", directory / "tokenizer.json", *_weight_files(directory)]:
+    for path in [directory / "config.json", directory / "tokenizer.json", *weight_files(directory)]:
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -103,12 +107,12 @@ def check_draft(checkpoint: Checkpoint, *, vocab_size: int) -> None:
 
 
 def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of this architecture: Hugging Face name and shape."""
+    """Every tensor of this architecture: name (of Qwen3-MoE's Hugging Face files, whatever the family) and shape."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    yield EMBEDDING, (config.vocab_size, hidden)
     if not config.ties_embeddings:
-        yield "lm_head.weight", (config.vocab_size, hidden)
+        yield HEAD, (config.vocab_size, hidden)
     yield "model.norm.weight", (hidden,)
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
@@ -118,9 +122,10 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         yield prefix + "self_attn.k_proj.weight", (key, hidden)
         yield prefix + "self_attn.v_proj.weight", (key, hidden)
         yield prefix + "self_attn.o_proj.weight", (hidden, query)
-        if config.has_qk_norm:
-            yield prefix + "self_attn.q_norm.weight", (config.head_dim,)
-            yield prefix + "self_attn.k_norm.weight", (config.head_dim,)
+        if config.qk_norm != "none":
+            is_whole = config.qk_norm == "whole"
+            yield prefix + "self_attn.q_norm.weight", (query if is_whole else config.head_dim,)
+            yield prefix + "self_attn.k_norm.weight", (key if is_whole else config.head_dim,)
         if config.num_experts:
             yield prefix + "mlp.gate.weight", (config.num_experts, hidden)
         for mlp in _mlp_prefixes(config, prefix):
@@ -133,26 +138,6 @@ def _mlp_prefixes(config: ModelConfig, layer_prefix: str) -> list[str]:
     if not config.num_experts:
         return [layer_prefix + "mlp."]
     return [f"{layer_prefix}mlp.experts.{expert}." for expert in range(config.num_experts)]
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory} has no *.safetensors file; other weight formats are not read")
-    return files
-
-
-def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in _weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                    tensor = file.get_tensor(name)
-                    if tensor.dtype not in _FLOATS:
-                        raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}, expected bf16, fp16 or fp32")
-                    yield name, tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is no safetensors file: {error}") from error
 
 
 def _check_names_and_shapes(directory: Path, shapes: dict[str, tuple[int, ...]], weights: dict[str, Tensor]) -> None:

@@ -1,4 +1,18 @@
-"""The architecture of a decoder, read from a Hugging Face `config.json`; anything unsupported is refused by name."""
+"""The architecture of a decoder, read from a Hugging Face `config.json`; anything unsupported is refused by name.
+
+The families are one decoder with named differences:
+
+| family    | query / key norm | MLP                                                     |
+|-----------|------------------|---------------------------------------------------------|
+| llama     | none             | dense                                                   |
+| qwen3     | per head         | dense                                                   |
+| mixtral   | none             | experts, the weights of the chosen ones always sum to 1 |
+| qwen3_moe | per head         | experts, `norm_topk_prob` says                          |
+| olmoe     | whole projection | experts, `norm_topk_prob` says                          |
+
+Code that a checkpoint brings (`auto_map`) is never executed, whatever its config asks for: an architecture is one of
+these or it is refused. Source: the configuration and modelling files of the five families in Hugging Face transformers.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +24,48 @@ import msgspec
 
 from slipstream.errors import CheckpointError
 
-Family = Literal["llama", "qwen3", "qwen3_moe"]
+Family = Literal["llama", "qwen3", "mixtral", "qwen3_moe", "olmoe"]
+QueryKeyNorm = Literal["none", "per_head", "whole"]
 
 _ARCHITECTURES: dict[str, Family] = {
     "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
+    "MixtralForCausalLM": "mixtral",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "OlmoeForCausalLM": "olmoe",
 }
 
-# Fields that change what the decoder computes, with the only value this decoder computes.
-_REQUIRED_VALUES: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "rope_scaling": None,
-    "use_sliding_window": False,
+_MOE_FAMILIES: tuple[Family, ...] = ("mixtral", "qwen3_moe", "olmoe")
+
+_QK_NORMS: dict[Family, QueryKeyNorm] = {"qwen3": "per_head", "qwen3_moe": "per_head", "olmoe": "whole"}
+
+# Fields that change what a decoder computes (in these families, or in code written for them), with the values under
+# which it computes what ours does. A field that is absent has the first of them.
+_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "clip_qkv": (None,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+    "logit_scale": (1.0, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
 }
+
+# Where a family fills in an absent field with something other than the rule of the others.
+_ABSENT: dict[Family, dict[str, Any]] = {
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
+    "mixtral": {"num_key_value_heads": 8},
+    "qwen3_moe": {"num_key_value_heads": 4},
+}
+_ABSENT_ROPE_THETA: dict[Family, float] = {"mixtral": 1_000_000.0}
+_ROPE_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,9 +93,17 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def qk_norm(self) -> QueryKeyNorm:
+        """What queries and keys are normalised over before rotation: nothing, each head, or the whole projection.
+
+        No field: the digest of a checkpoint covers the fields, and the family says it already.
+        """
+        return _QK_NORMS.get(self.family, "none")
+
+    @property
     def has_qk_norm(self) -> bool:
-        """Whether queries and keys are normalised per head before rotation."""
-        return self.family != "llama"
+        """Whether queries and keys are normalised before rotation."""
+        return self.qk_norm != "none"
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -73,57 +119,110 @@ def read_config(path: Path) -> ModelConfig:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} holds a {type(fields).__name__}, expected an object of fields")
     try:
-        return _from_hugging_face(fields)
+        config = _from_hugging_face(fields)
+        _check_sizes(config)
     except KeyError as error:
         raise CheckpointError(f"{path}: field {error} is missing") from error
     except (TypeError, ValueError, msgspec.ValidationError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return config
 
 
 def _from_hugging_face(fields: dict[str, Any]) -> ModelConfig:
-    architectures = fields.get("architectures") or [None]
-    family = _ARCHITECTURES.get(architectures[0])
-    if family is None:
-        raise ValueError(f"architectures is {architectures}, supported are {sorted(_ARCHITECTURES)}")
-    for name, value in _REQUIRED_VALUES.items():
-        if fields.get(name, value) != value:
-            raise ValueError(f"{name} is {fields[name]!r}, only {value!r} is supported")
-    rope = fields.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type is {rope['rope_type']!r}, only 'default' is supported")
-    is_moe = family == "qwen3_moe"
+    family = _family(fields)
+    _check_neutral(fields, family)
+    fields = _ABSENT.get(family, {}) | fields
     num_heads = fields["num_attention_heads"]
     return msgspec.convert(
         {
             "family": family,
             "vocab_size": fields["vocab_size"],
             "hidden_size": fields["hidden_size"],
-            "intermediate_size": fields["moe_intermediate_size" if is_moe else "intermediate_size"],
+            "intermediate_size": fields["moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"],
             "num_layers": fields["num_hidden_layers"],
             "num_heads": num_heads,
-            "num_kv_heads": fields.get("num_key_value_heads") or num_heads,
-            "head_dim": fields.get("head_dim") or fields["hidden_size"] // num_heads,
+            "num_kv_heads": _or_else(fields.get("num_key_value_heads"), num_heads),
+            "head_dim": _or_else(fields.get("head_dim"), _shared_out(fields["hidden_size"], num_heads)),
             "max_position_embeddings": fields["max_position_embeddings"],
             "rms_norm_eps": float(fields["rms_norm_eps"]),
-            "rope_theta": float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0),
-            "ties_embeddings": bool(fields.get("tie_word_embeddings", False)),
-            "num_experts": fields["num_experts"] if is_moe else 0,
-            "experts_per_token": fields["num_experts_per_tok"] if is_moe else 0,
-            "normalizes_expert_weights": bool(fields.get("norm_topk_prob", False)),
+            "rope_theta": _rope_theta(fields, family),
+            "ties_embeddings": fields.get("tie_word_embeddings", False),
             "eos_token_ids": _as_ids(fields.get("eos_token_id")),
-        },
+        }
+        | (_expert_fields(fields, family) if family in _MOE_FAMILIES else {}),
         ModelConfig,
     )
 
 
-def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a `config.json` that any loader of the family reads.
+def _family(fields: dict[str, Any]) -> Family:
+    architectures = fields.get("architectures")
+    family = _ARCHITECTURES.get(architectures[0]) if isinstance(architectures, list) and architectures else None
+    if family is None:
+        raise ValueError(f"architectures is {architectures!r}, supported are {sorted(_ARCHITECTURES)}")
+    if fields.get("model_type", family) != family:
+        raise ValueError(f"model_type is {fields['model_type']!r}, {architectures[0]} has {family!r}")
+    return family
 
-    Written are drafts (`llama`) and reference targets (`qwen3_moe`); ValueError for another family.
-    """
-    if config.family not in ("llama", "qwen3_moe"):
-        raise ValueError(f"family is {config.family!r}; only 'llama' and 'qwen3_moe' are written")
+
+def _check_neutral(fields: dict[str, Any], family: Family) -> None:
+    for name, neutral in _NEUTRAL_VALUES.items():
+        _check_one_of(name, fields.get(name, neutral[0]), neutral)
+    if family not in ("qwen3", "qwen3_moe"):  # these two look at it only under use_sliding_window
+        _check_one_of("sliding_window", fields.get("sliding_window"), (None,))
+    for kind in fields.get("layer_types") or ():
+        _check_one_of("layer_types", kind, ("full_attention",))
+
+
+def _rope_theta(fields: dict[str, Any], family: Family) -> float:
+    """The base of the rotary embedding, wherever it stands; ValueError for one that is scaled, or for two values."""
+    thetas = {float(fields["rope_theta"])} if fields.get("rope_theta") is not None else set()
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(name) or {}
+        if not isinstance(rope, dict) or not rope.keys() <= _ROPE_FIELDS:
+            raise ValueError(f"{name} is {rope!r}, only rope_theta and rope_type 'default' are supported")
+        for kind in ("rope_type", "type"):
+            _check_one_of(f"{name}.{kind}", rope.get(kind, "default"), ("default",))
+        _check_one_of(f"{name}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0, None))
+        thetas |= {float(rope["rope_theta"])} if rope.get("rope_theta") is not None else set()
+    if len(thetas) > 1:
+        raise ValueError(f"rope_theta is given as {sorted(thetas)}, expected one value")
+    return thetas.pop() if thetas else _ABSENT_ROPE_THETA.get(family, 10_000.0)
+
+
+def _expert_fields(fields: dict[str, Any], family: Family) -> dict[str, Any]:
+    counts = [fields[name] for name in ("num_experts", "num_local_experts") if fields.get(name) is not None]
+    if not counts:
+        raise KeyError("num_local_experts" if family == "mixtral" else "num_experts")
+    if len(set(counts)) > 1:
+        raise ValueError(f"num_experts is {counts[0]}, num_local_experts is {counts[1]}; expected one number")
+    return {
+        "num_experts": counts[0],
+        "experts_per_token": fields["num_experts_per_tok"],
+        "normalizes_expert_weights": True if family == "mixtral" else fields.get("norm_topk_prob", False),
+    }
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"]
+    sizes += ["max_position_embeddings", "rms_norm_eps", "rope_theta"]
+    for name in sizes:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected more than 0")
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim is {config.head_dim}, only even ones are supported (rotation pairs up components)")
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(f"num_attention_heads is {config.num_heads}, no multiple of {config.num_kv_heads} kv heads")
+    if config.family in _MOE_FAMILIES and not 1 <= config.experts_per_token <= config.num_experts:
+        raise ValueError(f"num_experts_per_tok is {config.experts_per_token}, expected 1 to {config.num_experts}")
+    if config.qk_norm == "whole" and config.num_heads * config.head_dim != config.hidden_size:
+        raise ValueError(f"head_dim is {config.head_dim}, expected hidden_size / num_attention_heads")
+
+
+def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a `config.json` that any loader of the family reads."""
     architecture = next(name for name, family in _ARCHITECTURES.items() if family == config.family)
     return {
         "architectures": [architecture],
@@ -137,24 +236,44 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
+        # In both places: loaders from before and after the field moved.
+        "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         "tie_word_embeddings": config.ties_embeddings,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+        "bos_token_id": None,
+        "pad_token_id": None,
         "eos_token_id": list(config.eos_token_ids) or None,
-    } | (_moe_fields(config) if config.family == "qwen3_moe" else {})
+    } | _moe_fields(config)
 
 
 def _moe_fields(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "moe_intermediate_size": config.intermediate_size,
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.experts_per_token,
-        "norm_topk_prob": config.normalizes_expert_weights,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
+    if not config.num_experts:
+        return {}
+    counts = {"num_experts_per_tok": config.experts_per_token}
+    if config.family == "mixtral":
+        return counts | {"num_local_experts": config.num_experts}
+    fields = counts | {"num_experts": config.num_experts, "norm_topk_prob": config.normalizes_expert_weights}
+    if config.family == "qwen3_moe":
+        fields |= {"moe_intermediate_size": config.intermediate_size, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    return fields
+
+
+def _check_one_of(name: str, value: Any, supported: tuple[Any, ...]) -> None:
+    # 1 == True in Python: a count is no claim.
+    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported):
+        raise ValueError(f"{name} is {value!r}, only {supported[0]!r} is supported")
+
+
+def _or_else(value: int | None, default: int | None) -> int | None:
+    return default if value is None else value
+
+
+def _shared_out(hidden_size: int, num_heads: int) -> int | None:
+    """Hidden size per head, None if the heads do not share it evenly: then config.json has to say `head_dim`."""
+    return None if num_heads < 1 or hidden_size % num_heads else hidden_size // num_heads
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -4,11 +4,11 @@
     for each layer:  x += out(attend(rotate(norm(qkv(norm(x))))));  x += mlp(norm(x))   # mlp: dense, or top-k experts
     logits = head(norm(x))
 
-Serving and training differ in two places that the caller passes in: `attend` (against a KV cache, or causal over the
-batch) and `linear`. Serving uses `tiled_linear`: rows go through the matrix library in tiles of exactly ROW_TILE, so
-each output row is a bitwise function of its own input row, whatever else is in the batch. That is what makes tokens
-with and without speculation equal (measured on MKL: 1 row and 9 rows of an ordinary product differ by 1.5e-5).
-Source of the families: Hugging Face's modelling files of Llama, Qwen3 and Qwen3-MoE.
+Serving and training differ in what the caller passes in: `attend` (against a cache, or causal over the batch) and,
+where something watches or replaces the products, `linear` and `run_experts`. Activations are fp32, whatever the weights.
+Rows share a library's matrix products here, so a row's last bits may depend on its neighbours; the kernels of
+`slipstream_kernels`, which are checked against this definition, do not have that freedom.
+Source of the families: Hugging Face's modelling files of Llama, Qwen3, Mixtral, Qwen3-MoE and OLMoE.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from torch.nn import functional
 from slipstream.models.checkpoint import expected_shapes
 from slipstream.models.config import ModelConfig
 
-ROW_TILE = 8
-"""Rows per matrix product in serving; one request's verified chain usually fits one tile."""
-
 Linear = Callable[[Tensor, Tensor], Tensor]
 """(x_TD, weight_OD) -> x_TD @ weight_OD^T."""
 
@@ -38,7 +35,12 @@ RunExperts = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class LayerWeights(NamedTuple):
-    """One layer, with the products that share an input stacked; a dense MLP is one expert without a router."""
+    """One layer, with the products that share an input stacked; a dense MLP is one expert without a router.
+
+    `qkv` is [(heads + 2 kv heads) * head_dim, D]; `query_norm` and `key_norm` are as long as a head or as the whole
+    projection (`ModelConfig.qk_norm`); `router` is [E, D]; `gate_up` holds E times [2 * inner, D], gate rows first;
+    `down` E times [D, inner].
+    """
 
     attention_norm: Tensor
     qkv: Tensor
@@ -62,8 +64,15 @@ class DecoderWeights(NamedTuple):
     rotary: tuple[Tensor, Tensor]
 
 
-def arrange(config: ModelConfig, weights: Mapping[str, Tensor]) -> DecoderWeights:
-    """Stack named tensors for `decode`; differentiable, so training arranges its leaves at every step."""
+def arrange(
+    config: ModelConfig, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = torch.float32
+) -> DecoderWeights:
+    """Stack named tensors for `decode`, converted to `dtype`; differentiable: training arranges its leaves every step.
+
+    None keeps bf16 and fp32 as stored (what is stacked from both becomes fp32) and makes fp16, which is a format of
+    files only, fp32. What need not be converted or stacked is shared with `weights`.
+    """
+    weights = {name: tensor.to(dtype or _kept_dtype(tensor)) for name, tensor in weights.items()}
     embedding = weights["model.embed_tokens.weight"]
     return DecoderWeights(
         config,
@@ -73,6 +82,10 @@ def arrange(config: ModelConfig, weights: Mapping[str, Tensor]) -> DecoderWeight
         embedding if config.ties_embeddings else weights["lm_head.weight"],
         rotary_tables(config),
     )
+
+
+def _kept_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def _arrange_layer(config: ModelConfig, weights: Mapping[str, Tensor], prefix: str) -> LayerWeights:
@@ -106,24 +119,21 @@ def decode(
     positions_T: Tensor,
     *,
     attend: Attend,
-    linear: Linear,
+    linear: Linear = functional.linear,
     run_experts: RunExperts | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Final normalised hidden states [T, D], and the experts used, [T, L, K] int64 (None for a dense model).
+    """Final normalised hidden states [T, D] fp32, and the experts used, [T, L, K] int64 (None for a dense model).
 
-    `ids_T` and `positions_T` are integers. `run_experts` may compute the chosen experts in another way (with static
-    shapes, say); routing and the order of the weighted sum stay here. With `tiled_linear`, T must be a multiple of
-    ROW_TILE.
+    `ids_T` and `positions_T` are integers. Experts stand best first, ties in order of their ids. `run_experts` may
+    compute the chosen experts in another way (with static shapes, say); routing and the order of the weighted sum stay
+    here. The default `linear` is for fp32 weights.
     """
     config = decoder.config
     cos_Td, sin_Td = (table[positions_T].unsqueeze(1) for table in decoder.rotary)
     x_TD = decoder.embedding[ids_T].float()
     experts: list[Tensor] = []
     for index, layer in enumerate(decoder.layers):
-        qkv = linear(_norm(x_TD, layer.attention_norm, config), layer.qkv).unflatten(-1, (-1, config.head_dim))
-        query, key, value = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = _norm(query, layer.query_norm, config), _norm(key, layer.key_norm, config)
+        query, key, value = _project(_norm(x_TD, layer.attention_norm, config), layer, config, linear)
         attended = attend(index, _rotate(query, cos_Td, sin_Td), _rotate(key, cos_Td, sin_Td), value)
         x_TD = x_TD + linear(attended.flatten(1), layer.attention_out)
         mlp_in = _norm(x_TD, layer.mlp_norm, config)
@@ -131,26 +141,15 @@ def decode(
             x_TD = x_TD + _mlp(mlp_in, layer.gate_up[0], layer.down[0], linear)
         else:
             run = partial(run_experts, index) if run_experts else partial(_run_each, layer, linear)
-            mixed, expert_ids_TK = _mixture(mlp_in, layer, config, linear, run)
-            x_TD = x_TD + mixed
+            weights_TK, expert_ids_TK = route(linear(mlp_in, layer.router), config)
+            x_TD = x_TD + _weighted_sum(weights_TK, run(mlp_in, expert_ids_TK))
             experts.append(expert_ids_TK)
     return _norm(x_TD, decoder.final_norm, config), torch.stack(experts, dim=1) if experts else None
 
 
-def logits_of(decoder: DecoderWeights, hidden_TD: Tensor, linear: Linear) -> Tensor:
-    """Logits [T, V] of final hidden states."""
+def logits_of(decoder: DecoderWeights, hidden_TD: Tensor, linear: Linear = functional.linear) -> Tensor:
+    """Logits [T, V], fp32, of final hidden states."""
     return linear(hidden_TD, decoder.head)
-
-
-def tiled_linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
-    """x @ weight^T with every row's sums in an order fixed by its own tile; T must be a multiple of ROW_TILE."""
-    tiles = x_TD.view(-1, ROW_TILE, x_TD.shape[1])
-    return torch.bmm(tiles, weight_OD.t().expand(len(tiles), -1, -1)).flatten(0, 1)
-
-
-def padded_rows(x_TD: Tensor, multiple: int = ROW_TILE) -> Tensor:
-    """`x_TD` with zero rows appended up to a multiple."""
-    return functional.pad(x_TD, (0, 0, 0, -len(x_TD) % multiple))
 
 
 def causal_decode(
@@ -174,7 +173,7 @@ def causal_decode(
 def causal_logits(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
     """Logits [B, T, V] of whole sequences (`causal_decode`); index i predicts token i + 1."""
     decoder = arrange(config, weights)
-    return logits_of(decoder, causal_decode(decoder, ids_BT)[0], functional.linear).view(*ids_BT.shape, -1)
+    return logits_of(decoder, causal_decode(decoder, ids_BT)[0]).view(*ids_BT.shape, -1)
 
 
 def initial_draft(vocab_size: int, *, seed: int) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -201,8 +200,36 @@ def initial_draft(vocab_size: int, *, seed: int) -> tuple[ModelConfig, dict[str,
     return config, weights
 
 
+def route(router_logits_TE: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Weights [T, K] fp32 and ids [T, K] int64 of each token's experts, best first, ties in order of their ids."""
+    # A stable sort: which of equals topk takes is not defined.
+    probs_TE, ids_TE = router_logits_TE.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    weights_TK = probs_TE[:, : config.experts_per_token]
+    if config.normalizes_expert_weights:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return weights_TK, ids_TE[:, : config.experts_per_token]
+
+
 def _norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps) * weight
+
+
+def _project(x_TD: Tensor, layer: LayerWeights, config: ModelConfig, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [T, heads, head_dim] before rotation, normalised as the family has it."""
+    query_size, key_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    query, key, value = linear(x_TD, layer.qkv).split([query_size, key_size, key_size], dim=-1)
+    if config.qk_norm == "whole":
+        query, key = _norm_both(query, key, layer, config)
+    query, key, value = (x.unflatten(-1, (-1, config.head_dim)) for x in (query, key, value))
+    if config.qk_norm == "per_head":
+        query, key = _norm_both(query, key, layer, config)
+    return query, key, value
+
+
+def _norm_both(query: Tensor, key: Tensor, layer: LayerWeights, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    assert layer.query_norm is not None
+    assert layer.key_norm is not None
+    return _norm(query, layer.query_norm, config), _norm(key, layer.key_norm, config)
 
 
 def _rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
@@ -215,32 +242,18 @@ def _mlp(x_TD: Tensor, gate_up: Tensor, down: Tensor, linear: Linear) -> Tensor:
     return linear(functional.silu(gate) * up, down)
 
 
-def _mixture(
-    x_TD: Tensor,
-    layer: LayerWeights,
-    config: ModelConfig,
-    linear: Linear,
-    run: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of each token's top-k experts [T, D], and their ids [T, K], best first."""
-    assert layer.router is not None
-    router_probs_TE = linear(x_TD, layer.router).softmax(dim=-1)
-    weights_TK, expert_ids_TK = router_probs_TE.topk(config.experts_per_token, dim=-1)
-    if config.normalizes_expert_weights:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    out_TKD = run(x_TD, expert_ids_TK)
-    # Best expert first: the order of the sum belongs to the row, not to the batch.
-    mixed_TD = weights_TK[:, :1] * out_TKD[:, 0]
-    for rank in range(1, config.experts_per_token):
-        mixed_TD = mixed_TD + weights_TK[:, rank : rank + 1] * out_TKD[:, rank]
-    return mixed_TD, expert_ids_TK
-
-
 def _run_each(layer: LayerWeights, linear: Linear, x_TD: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """The routed experts' outputs [T, K, D], expert by expert over the rows that chose it."""
     out_TKD = x_TD.new_zeros(*expert_ids_TK.shape, x_TD.shape[1])
     for expert in expert_ids_TK.unique().tolist():
         rows, ranks = (expert_ids_TK == expert).nonzero(as_tuple=True)
-        routed = _mlp(padded_rows(x_TD[rows]), layer.gate_up[expert], layer.down[expert], linear)
-        out_TKD[rows, ranks] = routed[: len(rows)]
+        out_TKD[rows, ranks] = _mlp(x_TD[rows], layer.gate_up[expert], layer.down[expert], linear)
     return out_TKD
+
+
+def _weighted_sum(weights_TK: Tensor, out_TKD: Tensor) -> Tensor:
+    """[T, D], best expert first: the order of the sum belongs to the row, not to the batch."""
+    mixed_TD = weights_TK[:, :1] * out_TKD[:, 0]
+    for rank in range(1, out_TKD.shape[1]):
+        mixed_TD = mixed_TD + weights_TK[:, rank : rank + 1] * out_TKD[:, rank]
+    return mixed_TD

@@ -11,7 +11,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from slipstream.errors import ConfigError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-_FILES = ["config.json", "generation_config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json"]
+_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 """Data only: no code of a repository is ever fetched, let alone run."""
 
 

@@ -24,6 +24,7 @@ KNOBS = {
         "max_queued_requests",
         "max_step_tokens",
         "max_context_tokens",
+        "kv_cache_tokens",  # memory no longer follows from slots times context: blocks are shared, so it needs a bound
         "num_draft_tokens",
         "pointer_poll_s",
     },
@@ -114,6 +115,12 @@ def test_an_unknown_key_a_wrong_type_or_range_is_named(toml: Path, text: str, na
     toml.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=named):
         load_config({"SLIPSTREAM_CONFIG": str(toml)})
+
+
+def test_a_cache_smaller_than_one_context_stops_the_start(toml: Path) -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache_tokens is 1000; expected at least .*max_context_tokens, 1024"):
+        load_text(toml, "[serving]\nkv_cache_tokens = 1000\n")
+    assert load_text(toml, "[serving]\nkv_cache_tokens = 1024\n").serving.kv_cache_tokens == 1024
 
 
 def test_a_named_file_that_is_missing_stops_the_start(tmp_path: Path) -> None:

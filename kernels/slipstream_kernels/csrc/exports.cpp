@@ -10,7 +10,7 @@ namespace isa = SLIPSTREAM_ISA;
 
 extern "C" {
 
-void* SLIPSTREAM_EXPORT(decoder_new)(const SlipstreamSizes* sizes) {
+auto SLIPSTREAM_EXPORT(decoder_new)(const SlipstreamSizes* sizes) -> void* {
     try {
         return new isa::Decoder(*sizes);
     } catch (const std::bad_alloc&) {
@@ -33,7 +33,7 @@ void SLIPSTREAM_EXPORT(decoder_keep)(void* decoder, int32_t num_moves, const int
     static_cast<isa::Decoder*>(decoder)->keep(num_moves, moves);
 }
 
-void* SLIPSTREAM_EXPORT(matrix_new)(const void* data, int32_t type, int32_t outputs, int32_t inner) {
+auto SLIPSTREAM_EXPORT(matrix_new)(const void* data, int32_t type, int32_t outputs, int32_t inner) -> void* {
     std::vector<int> order(outputs);
     for (int o = 0; o < outputs; ++o) order[o] = o;
     auto* const matrix = new isa::Packed;

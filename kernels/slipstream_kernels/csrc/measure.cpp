@@ -82,7 +82,8 @@ double SLIPSTREAM_EXPORT(read_seconds)(const void* data, int64_t num_bytes, int3
 
 // Seconds in which `num_threads` threads do `num_rounds` rounds of multiply-adds each, in registers alone;
 // `num_multiply_adds` gets the number of all of them together.
-double SLIPSTREAM_EXPORT(multiply_add_seconds)(int32_t num_threads, int64_t num_rounds, int64_t* num_multiply_adds) noexcept {
+double SLIPSTREAM_EXPORT(multiply_add_seconds)(int32_t num_threads, int64_t num_rounds,
+                                               int64_t* num_multiply_adds) noexcept {
     using namespace SLIPSTREAM_ISA;
     *num_multiply_adds = num_threads * num_rounds * 2 * kSums * kLanes;
     return seconds_on(num_threads, [=](int) { return multiply_add(num_rounds); });
