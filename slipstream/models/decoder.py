@@ -5,7 +5,7 @@
     logits = head(norm(x))
 
 Serving and training differ in what the caller passes in: `attend` (against a cache, or causal over the batch) and,
-where something watches or replaces the products, `linear` and `run_experts`. Activations are fp32, whatever the weights.
+where something watches or replaces the products, `linear` and `run_experts`. Activations are fp32 whatever the weights.
 Rows share a library's matrix products here, so a row's last bits may depend on its neighbours; the kernels of
 `slipstream_kernels`, which are checked against this definition, do not have that freedom.
 Source of the families: Hugging Face's modelling files of Llama, Qwen3, Mixtral, Qwen3-MoE and OLMoE.
