@@ -109,6 +109,7 @@ def test_streamed_choices_are_the_whole_ones_in_parts(served: Served) -> None:
     whole = served.complete(**fields)
     events = served.complete(**fields, stream=True, stream_options={"include_usage": True})
     assert events[-1].usage == whole.usage
+    assert sum(len(choice.logprobs.tokens) for choice in whole.choices) == whole.usage.completion_tokens
     for choice in whole.choices:
         parts = [event.choices[0] for event in events if event.choices and event.choices[0].index == choice.index]
         assert "".join(part.text for part in parts) == choice.text
