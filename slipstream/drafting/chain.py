@@ -120,23 +120,5 @@ class ChainDrafter:
 
     def _candidates(self, contexts: Sequence[DraftContext], chains: Sequence[list[int]], hidden_BD: Tensor) -> Tensor:
         logits_BV = self._model.logits(hidden_BD)
-        positions = torch.tensor(
-            [len(context.token_ids) + len(chain) for context, chain in zip(contexts, chains, strict=True)]
-        )
-        return candidates(logits_BV, [context.sampling for context in contexts], positions)
-
-
-def candidates(logits_BV: Tensor, samplings: Sequence[SamplingParams], positions_B: Tensor) -> Tensor:
-    """The draft's token int64 [B] for each request; the sampled ones share one pass of noise."""
-    tokens_B = logits_BV.argmax(dim=-1)
-    sampled = [index for index, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if sampled:
-        temperatures = torch.tensor([samplings[index].temperature for index in sampled], dtype=torch.float64)
-        tokens_B[sampled] = draft_tokens(
-            logits_BV[sampled].double() / temperatures.unsqueeze(1),
-            temperature=1.0,
-            seed=torch.tensor([samplings[index].seed for index in sampled]),
-            sample_index=torch.tensor([samplings[index].sample_index for index in sampled]),
-            positions_T=positions_B[sampled],
-        )
-    return tokens_B
+        positions = [len(context.token_ids) + len(chain) for context, chain in zip(contexts, chains, strict=True)]
+        return draft_tokens(logits_BV, [context.sampling for context in contexts], positions)

@@ -1,100 +1,156 @@
 """The sampling contract: which token the target emits at a position, as a function of logits and keyed noise.
 
-The token at a position is argmax(logits / temperature + G) over the tokens that the filters keep, where G is Gumbel
-noise keyed by (seed, sample index, absolute position, token, redraw): an exact draw from the target's distribution
-(the Gumbel-max trick), and one that does not depend on drafts, batches or preemption. At temperature 0 it is
-argmax(logits). A drafter draws its candidates with the same noise, which is what makes them likely to be equal.
+One position goes through these steps, in this order:
 
-Random bits are Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+    raw logits            log-probabilities are reported of these (`slipstream_kernels.sampling.top_logprobs`)
+    + logit bias
+    repetition penalty    tokens of prompt or output so far: positive logits divided by it, negative multiplied
+    - presence penalty    tokens of the output so far
+    - frequency penalty   times their count in the output so far
+    / temperature
+    top-k, top-p, min-p   (`slipstream_kernels.sampling` defines them)
+    + Gumbel noise        keyed by (seed, sample index, absolute position, token, redraw)
+    argmax                temperature 0: of the penalised logits
+
+"So far" at a node of a draft tree includes the node's ancestors and the node itself, so every choice is what plain
+decoding would have chosen behind the same tokens. Adding Gumbel noise makes the argmax an exact draw from the target's
+distribution (the Gumbel-max trick), and one that does not depend on drafts, batches or preemption. A drafter draws its
+candidates with the same noise, which is what makes them likely to be equal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Protocol
+
+import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream.drafting.tree import DraftTree, depths
 from slipstream.engine.request import SamplingParams
-
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_NUM_ROUNDS = 10
-_TOKENS_PER_COUNTER = 4
+from slipstream_kernels.sampling import choose, row_bytes, sample_rows
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four outputs in [0, 2**32) per counter; all tensors int64 holding unsigned 32-bit values."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_NUM_ROUNDS):
-        # int64 products wrap, which leaves both 32-bit halves right once the high one is masked.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
-            product1 & _MASK,
-            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
-            product0 & _MASK,
-        )
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1, c2, c3
+class RowsOfRequest(msgspec.Struct, frozen=True):
+    """The 1 + X rows of logits of one request in a step: behind its last token, then behind each node of its tree.
 
-
-def gumbel_noise(
-    *, seed: int | Tensor, sample_index: int | Tensor, positions_T: Tensor, vocab_size: int, redraw: int = 0
-) -> Tensor:
-    """Standard Gumbel noise float64 [T, V] of the tokens at absolute positions `positions_T` (int64).
-
-    `seed` in [0, 2**63) and `sample_index` are numbers or int64 tensors [T]. `redraw` is 0 under the equality rule.
+    `token_ids` holds prompt and output so far, `num_prompt` of them the prompt's.
     """
-    seeds = torch.as_tensor(seed, dtype=torch.int64).expand(len(positions_T)).unsqueeze(1)
-    samples = torch.as_tensor(sample_index, dtype=torch.int64).expand(len(positions_T)).unsqueeze(1)
-    num_counters = -(-vocab_size // _TOKENS_PER_COUNTER)
-    blocks = torch.arange(num_counters).expand(len(positions_T), -1)
-    zeros = torch.zeros_like(blocks)
-    counter = (blocks, positions_T.unsqueeze(1) + zeros, samples + zeros, redraw + zeros)
-    key = (seeds & _MASK, (seeds >> 32) & _MASK)
-    bits = torch.stack(philox(counter, key), dim=-1).flatten(1)[:, :vocab_size]
-    uniform = (bits.double() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log(uniform))
+
+    sampling: SamplingParams
+    token_ids: Sequence[int]
+    num_prompt: int
+    tree: DraftTree
 
 
-def draft_tokens(
-    logits_TV: Tensor, *, temperature: float, seed: int | Tensor, sample_index: int | Tensor, positions_T: Tensor
-) -> Tensor:
-    """The draft's candidate int64 [T] for each absolute position, drawn with the request's own noise."""
-    if temperature == 0:
-        return logits_TV.argmax(dim=-1)
-    noise_TV = gumbel_noise(
-        seed=seed, sample_index=sample_index, positions_T=positions_T, vocab_size=logits_TV.shape[1]
-    )
-    return (logits_TV.double() / temperature + noise_TV).argmax(dim=-1)
+class Draw(Protocol):
+    """What keys a request's noise, and its temperature: `SamplingParams` and `SamplingRecord` have it."""
+
+    @property
+    def seed(self) -> int:
+        """In [0, 2**63)."""
+
+    @property
+    def sample_index(self) -> int:
+        """Which of n samples."""
+
+    @property
+    def temperature(self) -> float:
+        """0 is greedy."""
 
 
-def target_tokens(logits_TV: Tensor, sampling: SamplingParams, positions_T: Tensor) -> Tensor:
-    """The target's token int64 [T] at each absolute position of one request."""
-    if sampling.temperature == 0:
-        return logits_TV.argmax(dim=-1)
-    scaled_TV = filtered(logits_TV.double() / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    noise_TV = gumbel_noise(
+def choose_tokens(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> list[list[int]]:
+    """The target's token behind each row, per request: entry 0 at its root, entry x + 1 at node x of its tree.
+
+    `logits_XV` fp32 holds the rows of all requests one after another, and is not changed. One synchronisation.
+    """
+    rows, positions = [], []
+    for request in requests:
+        first = len(request.token_ids)
+        rows.append(_row_bytes(request.sampling) * (1 + len(request.tree.token_ids)))
+        positions += [first, *(first + depth for depth in depths(request.tree))]
+    chosen = choose(adjusted(logits_XV, requests), sample_rows(rows, positions)).tolist()
+    ends = list(accumulate(1 + len(request.tree.token_ids) for request in requests))
+    return [chosen[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _row_bytes(sampling: SamplingParams) -> bytes:
+    return row_bytes(
         seed=sampling.seed,
+        temperature=sampling.temperature,
         sample_index=sampling.sample_index,
-        positions_T=positions_T,
-        vocab_size=logits_TV.shape[1],
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
     )
-    return (scaled_TV + noise_TV).argmax(dim=-1)
 
 
-def filtered(scaled_TV: Tensor, *, top_k: int, top_p: float) -> Tensor:
-    """Scaled logits with the tokens that top-k, then top-p remove set to -inf.
+def draft_tokens(logits_TV: Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> Tensor:
+    """A draft's candidate int32 [T] for each absolute position, drawn with the request's own noise; no filters."""
+    rows = [row_bytes(seed=one.seed, temperature=one.temperature, sample_index=one.sample_index) for one in draws]
+    return choose(logits_TV, sample_rows(rows, positions))
 
-    Top-p keeps the fewest most likely tokens whose probability reaches `top_p`, at least one. Equals at the border of
-    top-k are all kept, so that the result does not depend on a sort's order.
+
+def adjusted(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> Tensor:
+    """The logits with every request's bias and penalties; `logits_XV` itself if no request asks for any."""
+    if not any(_is_adjusted(request.sampling) for request in requests):
+        return logits_XV
+    logits_XV = logits_XV.clone()
+    start = 0
+    for request in requests:
+        end = start + 1 + len(request.tree.token_ids)
+        if _is_adjusted(request.sampling):
+            _add_bias(logits_XV[start:end], request.sampling)
+            _penalise(logits_XV[start:end], request)
+        start = end
+    return logits_XV
+
+
+def _is_adjusted(sampling: SamplingParams) -> bool:
+    return bool(
+        sampling.logit_bias
+        or sampling.repetition_penalty != 1
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+    )
+
+
+def _add_bias(logits_XV: Tensor, sampling: SamplingParams) -> None:
+    if sampling.logit_bias:
+        biases = dict(sampling.logit_bias)  # the last of two biases for one token counts
+        ids = torch.tensor(list(biases), device=logits_XV.device)
+        logits_XV[:, ids] += torch.tensor(list(biases.values()), dtype=torch.float32, device=logits_XV.device)
+
+
+def _penalise(logits_XV: Tensor, request: RowsOfRequest) -> None:
+    """Subtract the penalties of one request in place; only the columns of tokens seen so far change."""
+    sampling, device = request.sampling, logits_XV.device
+    ids_U, counts_XU, is_seen_XU = seen_tokens(request)
+    ids = torch.from_numpy(ids_U).to(device)
+    values_XU = logits_XV[:, ids]
+    factor = torch.full((), sampling.repetition_penalty, device=device)
+    repeated_XU = torch.where(values_XU > 0, values_XU / factor, values_XU * factor)
+    values_XU = torch.where(torch.from_numpy(is_seen_XU).to(device), repeated_XU, values_XU)
+    penalties_XU = sampling.presence_penalty * (counts_XU > 0) + sampling.frequency_penalty * counts_XU
+    logits_XV[:, ids] = values_XU - torch.from_numpy(penalties_XU.astype(np.float32)).to(device)
+
+
+def seen_tokens(request: RowsOfRequest) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """What each row has behind it: token ids [U]; their counts in the output [1 + X, U]; whether seen at all.
+
+    Row 0 looks back from the root, row x + 1 from node x of the tree, the node itself included.
     """
-    if 0 < top_k < scaled_TV.shape[1]:
-        smallest_kept = scaled_TV.topk(top_k, dim=-1).values[:, -1:]
-        scaled_TV = scaled_TV.masked_fill(scaled_TV < smallest_kept, -torch.inf)
-    if top_p < 1:
-        probs, order = scaled_TV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        is_beyond = probs.cumsum(dim=-1) - probs >= top_p
-        scaled_TV = scaled_TV.masked_fill(torch.zeros_like(is_beyond).scatter(1, order, is_beyond), -torch.inf)
-    return scaled_TV
+    context = np.fromiter(request.token_ids, np.int64)
+    ids_U, inverse = np.unique(np.concatenate([context, request.tree.token_ids]).astype(np.int64), return_inverse=True)
+    num_rows = 1 + len(request.tree.token_ids)
+    counts_XU = np.zeros((num_rows, len(ids_U)), np.int64)
+    counts_XU[0] = np.bincount(inverse[request.num_prompt : len(context)], minlength=len(ids_U))
+    for node, parent in enumerate(request.tree.parents):
+        counts_XU[node + 1] = counts_XU[parent + 1]
+        counts_XU[node + 1, inverse[len(context) + node]] += 1
+    is_in_prompt_U = np.bincount(inverse[: request.num_prompt], minlength=len(ids_U)) > 0
+    return ids_U, counts_XU, is_in_prompt_U | (counts_XU > 0)

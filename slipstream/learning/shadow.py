@@ -105,13 +105,8 @@ def _output_logits(draft: Checkpoint, observation: Observation) -> Tensor:
 
 
 def _candidates(logits_TV: Tensor, observation: Observation) -> Tensor:
-    return draft_tokens(
-        logits_TV,
-        temperature=observation.sampling.temperature,
-        seed=observation.sampling.seed,
-        sample_index=observation.sampling.sample_index,
-        positions_T=observation.first_position + torch.arange(len(logits_TV)),
-    )
+    positions = range(observation.first_position, observation.first_position + len(logits_TV))
+    return draft_tokens(logits_TV, [observation.sampling] * len(logits_TV), positions)
 
 
 def _overlap_sum(logits_TV: Tensor, observation: Observation) -> float:
