@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import torch
+from httpx2 import ASGITransport
 
 from services.target.callers import Callers
 from services.target.ingress import Ingress, ServedModel
@@ -40,6 +40,7 @@ class Served:
             max_step_tokens=256,
             max_context_tokens=256,
             num_draft_tokens=2,
+            num_blocks=256,
         )
         engine = Engine(
             target,
@@ -49,6 +50,7 @@ class Served:
             top_n=16,
             observe=lambda _: None,
             metrics=self.metrics,
+            token_bytes=PROMPT_TEXT.token_bytes.__getitem__,
         )
         self.runner = EngineRunner(engine)
         self.runner.start()
@@ -72,7 +74,7 @@ class Served:
     async def _ask(self, resource: str, fields: dict[str, Any]) -> Any:
         """The answer, or the events of a streamed one; fields that the client does not know are sent as they are."""
         ours = {name: fields.pop(name) for name in ("min_p", "repetition_penalty", "top_k") if name in fields}
-        http = httpx.AsyncClient(transport=httpx.ASGITransport(self._app))
+        http = openai.DefaultAsyncHttpxClient(transport=ASGITransport(self._app))
         async with openai.AsyncOpenAI(
             base_url="http://test/v1", api_key="none", max_retries=0, http_client=http
         ) as client:
@@ -128,8 +130,8 @@ def test_the_events_of_choices_interleave(served: Served) -> None:
 def raw_logprobs(prompt_ids: list[int], output_ids: list[int]) -> torch.Tensor:
     """Log-probabilities [T, V] at each output position, from the target's own causal forward pass."""
     target = load_checkpoint(TARGET)
-    (logits_TV,) = causal_logits(target.config, target.weights, torch.tensor([[*prompt_ids, *output_ids]]))
-    return logits_TV[len(prompt_ids) - 1 : -1].log_softmax(-1)
+    logits_BTV = causal_logits(target.config, target.weights, torch.tensor([[*prompt_ids, *output_ids]]))
+    return logits_BTV[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
 
 
 @pytest.mark.parametrize("shaping", [{}, {"temperature": 0.7, "top_k": 5, "presence_penalty": 1.0}])
