@@ -58,7 +58,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     device = pick_device()
-    weights = {name: tensor.to(device) for name, tensor in checkpoint.weights.items()}
+    weights = {name: tensor.to(device, torch.float32) for name, tensor in checkpoint.weights.items()}
     losses = evaluate(checkpoint.config, weights, corpus.held_out, device=device)
     print(loss_table({arguments.directory.resolve().name: losses}).as_text())
     return 0

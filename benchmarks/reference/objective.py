@@ -51,13 +51,13 @@ def initial_weights(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
 
 
 def forward(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Tensor) -> Forward:
-    """Causal forward on the device of `ids_BT`, differentiable in `weights`, with what the routers said.
+    """Causal forward on the device of `ids_BT`, differentiable in `weights` (fp32), with what the routers said.
 
     `decode` returns which experts were used; the logits behind that choice are caught where they are computed, at the
     product with a router's own matrix, so that the decoder stays the single definition.
     """
     cos, sin = rotary_tables(config)
-    decoder = arrange(config, weights)._replace(rotary=(cos.to(ids_BT.device), sin.to(ids_BT.device)))
+    decoder = arrange(config, weights, dtype=None)._replace(rotary=(cos.to(ids_BT.device), sin.to(ids_BT.device)))
     routers = {id(layer.router) for layer in decoder.layers if layer.router is not None}
     router_logits: list[Tensor] = []
 

@@ -31,7 +31,7 @@ def report(done: Run, request: RunRequest, *, device: torch.device) -> int:
     if not request.trains_tokenizer:  # nats a token compare only under one tokenizer
         shipped = load_checkpoint(REFERENCE)
         held_out = read_corpus(request.data, load_tokenizer(REFERENCE / "tokenizer.json"), most_records=1).held_out
-        weights = {name: tensor.to(device) for name, tensor in shipped.weights.items()}
+        weights = {name: tensor.to(device, torch.float32) for name, tensor in shipped.weights.items()}
         columns[REFERENCE.name] = evaluate(shipped.config, weights, held_out, device=device)
     draw(request.directory / LOSSES_FILE)
     fall = mean_answer_loss(done.before) - mean_answer_loss(done.after)

@@ -122,7 +122,7 @@ def decode(
     linear: Linear = functional.linear,
     run_experts: RunExperts | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Final normalised hidden states [T, D] fp32, and the experts used, [T, L, K] int64 (None for a dense model).
+    """Final normalised hidden states [T, D], and the experts used, [T, L, K] int64 (None for a dense model).
 
     `ids_T` and `positions_T` are integers. Experts stand best first, ties in order of their ids. `run_experts` may
     compute the chosen experts in another way (with static shapes, say); routing and the order of the weighted sum stay
@@ -130,7 +130,7 @@ def decode(
     """
     config = decoder.config
     cos_Td, sin_Td = (table[positions_T].unsqueeze(1) for table in decoder.rotary)
-    x_TD = decoder.embedding[ids_T].float()
+    x_TD = decoder.embedding[ids_T].to(torch.promote_types(decoder.embedding.dtype, torch.float32))
     experts: list[Tensor] = []
     for index, layer in enumerate(decoder.layers):
         query, key, value = _project(_norm(x_TD, layer.attention_norm, config), layer, config, linear)

@@ -131,10 +131,11 @@ def test_load_balance_loss_is_one_when_balanced_and_the_number_of_experts_when_o
 
 def test_the_training_forward_is_the_decoder_and_catches_every_routers_logits() -> None:
     target = load_checkpoint(corpus.REFERENCE)
+    weights = {name: tensor.float() for name, tensor in target.weights.items()}
     ids_BT = torch.arange(24).view(2, 12) + 40
     with torch.no_grad():
-        out = objective.forward(target.config, target.weights, ids_BT)
-        expected = causal_logits(target.config, target.weights, ids_BT)
+        out = objective.forward(target.config, weights, ids_BT)
+        expected = causal_logits(target.config, weights, ids_BT)
     assert torch.equal(out.logits_BTV, expected)
     assert len(out.router_logits) == len(out.expert_ids) == target.config.num_layers
     for logits_TE, ids_TK in zip(out.router_logits, out.expert_ids, strict=True):
