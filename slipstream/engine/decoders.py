@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
 
+import slipstream_kernels
+from slipstream.engine.native_decoder import NativeDecoder
 from slipstream.engine.plan import PagedDecoder
 from slipstream.engine.torch_decoder import TorchDecoder
+from slipstream.errors import ConfigError
 from slipstream.models.checkpoint import Checkpoint
 from slipstream.models.decoder import arrange
 
@@ -19,14 +23,44 @@ def open_decoder(
 ) -> PagedDecoder:
     """A decoder of `checkpoint` with `num_blocks` blocks of cache and room for `num_node_slots` nodes of trees.
 
-    `device` is "cpu", or a CUDA device ("cuda", "cuda:1"), where weights and cache are bf16. A pass has at most
-    `max_rows` rows. ConfigError for a CUDA device on a machine without one.
+    A pass has at most `max_rows` rows. On `device` "cpu", weights run as stored (fp16 as fp32) in our own kernels, or
+    in fp32 by torch where those cannot be built, which is logged once. On "cuda" or "cuda:N", weights and cache are
+    bf16. Raises ConfigError for another device or one that is not there.
     """
+    if device == "cpu" and slipstream_kernels.is_available():
+        weights = arrange(checkpoint.config, checkpoint.weights, dtype=None)
+        return NativeDecoder(weights, num_blocks=num_blocks, num_node_slots=num_node_slots, max_rows=max_rows)
+    if device == "cpu":
+        _warn_of_torch(slipstream_kernels.why_unavailable())
+    else:
+        _check_cuda(device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return TorchDecoder(
-        arrange(checkpoint.config, checkpoint.weights),
+        arrange(checkpoint.config, checkpoint.weights, dtype=None),
         num_blocks=num_blocks,
         num_node_slots=num_node_slots,
         max_rows=max_rows,
         device=device,
-        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+        dtype=dtype,
     )
+
+
+@functools.cache
+def _warn_of_torch(reason: str) -> None:
+    """Once per process: a replica opens decoders at every swap."""
+    _log.warning(
+        "no CPU kernels (%s): decoding with torch, several times slower, and tokens may differ between batches and "
+        "with speculation where two are almost equally likely; install g++ or clang++ and start again",
+        reason,
+    )
+
+
+def _check_cuda(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise ConfigError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N'")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {device!r}, this machine has {torch.cuda.device_count()} CUDA devices that torch can use; "
+            "set serving.device to 'cpu', or install a torch build with CUDA and the driver"
+        )

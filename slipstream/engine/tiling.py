@@ -26,8 +26,8 @@ CONTEXT_BLOCKS = 16
 LARGE = 64
 """Sizes above are padded to a multiple of it, sizes below to a power of two."""
 
-LEAST_NODES = 8
-"""Node columns of a step with trees: every small tree has the same shape."""
+LEAST_NODES = 16
+"""Node columns of a step with trees: small trees have one shape, and a mask's rows stay aligned for the device."""
 
 
 class StepShape(NamedTuple):

@@ -11,7 +11,7 @@ of their sums by the shape of the whole product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -69,13 +69,9 @@ class TorchDecoder:
         self._device = torch.device(device)
         steps = steps or ("captured" if self._device.type == "cuda" else "exact")
         self._is_padded = steps != "exact"
-        self._weights = _placed(weights, self._device, dtype)
-        self._experts: list[StackedExperts] = []
-        if self._is_padded and config.num_experts:
-            self._experts = [StackedExperts(*map(torch.stack, (l.gate_up, l.down))) for l in self._weights.layers]
-            # The single matrices would hold the same memory a second time.
-            bare = tuple(layer._replace(gate_up=(), down=()) for layer in self._weights.layers)
-            self._weights = self._weights._replace(layers=bare)
+        stacks = self._is_padded and config.num_experts > 0
+        self._weights = _placed(weights, self._device, dtype, without_experts=stacks)
+        self._experts = [_stacked(layer, self._device, dtype) for layer in weights.layers] if stacks else []
         self._max_rows = max_rows
         self._first_node_place = num_blocks * BLOCK_TOKENS
         self._scrap_place = self._first_node_place + num_node_slots
@@ -97,8 +93,10 @@ class TorchDecoder:
         host = torch.empty(layout.shape.num_ints, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         places = (self._first_node_place, self._scrap_place)
         fill(host.numpy(), plan, layout, first_node_place=places[0], scrap_place=places[1])
-        run = self._captured.run if self._captured else self._compute
-        logits_XV, expert_ids_TLK = run(host, layout.shape)
+        if self._captured is None:
+            logits_XV, expert_ids_TLK = self._compute(host.to(self._device, non_blocking=True), layout.shape)
+        else:
+            logits_XV, expert_ids_TLK = self._captured.run(host, layout.shape)
         return StepOutput(logits_XV[:num_logits], None if expert_ids_TLK is None else expert_ids_TLK[:num_rows])
 
     @torch.inference_mode()
@@ -120,7 +118,7 @@ class TorchDecoder:
 
     def _compute(self, buffer: Tensor, shape: StepShape) -> tuple[Tensor, Tensor | None]:
         """Logits [X, V] fp32 and expert ids [T, L, K] of the step in this buffer; all sizes come from `shape`."""
-        step = views(buffer.to(self._device, non_blocking=True), shape)
+        step = views(buffer, shape)
         view = self._view_of(step, shape)
         hidden_TD, expert_ids_TLK = decode(
             self._weights,
@@ -163,29 +161,40 @@ class TorchDecoder:
         return out.flatten(0, 1)[view.tile_places_T].to(query_THd)
 
 
-def _placed(weights: DecoderWeights, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
+def _placed(
+    weights: DecoderWeights, device: torch.device, dtype: torch.dtype, *, without_experts: bool
+) -> DecoderWeights:
     """The weights on their device: matrices in `dtype`, norms and rotary tables in fp32."""
-    embedding = weights.embedding.to(device, dtype)
+    place = partial(_placed_tensor, device=device, dtype=dtype)
+    embedding = place(weights.embedding)
     return DecoderWeights(
         weights.config,
         embedding,
-        tuple(_placed_layer(layer, device, dtype) for layer in weights.layers),
-        weights.final_norm.to(device, torch.float32),
-        embedding if weights.head is weights.embedding else weights.head.to(device, dtype),
+        tuple(_placed_layer(layer, place, without_experts) for layer in weights.layers),
+        place(weights.final_norm),
+        embedding if weights.head is weights.embedding else place(weights.head),
         (weights.rotary[0].to(device), weights.rotary[1].to(device)),
     )
 
 
-def _placed_layer(layer: LayerWeights, device: torch.device, dtype: torch.dtype) -> LayerWeights:
-    return LayerWeights._make(
-        tuple(_placed_one(each, device, dtype) for each in field)
-        if isinstance(field, tuple)
-        else field
-        if field is None
-        else _placed_one(field, device, dtype)
-        for field in layer
+def _placed_layer(layer: LayerWeights, place: Callable[[Tensor], Tensor], without_experts: bool) -> LayerWeights:
+    return LayerWeights(
+        attention_norm=place(layer.attention_norm),
+        qkv=place(layer.qkv),
+        query_norm=None if layer.query_norm is None else place(layer.query_norm),
+        key_norm=None if layer.key_norm is None else place(layer.key_norm),
+        attention_out=place(layer.attention_out),
+        mlp_norm=place(layer.mlp_norm),
+        router=None if layer.router is None else place(layer.router),
+        gate_up=() if without_experts else tuple(map(place, layer.gate_up)),
+        down=() if without_experts else tuple(map(place, layer.down)),
     )
 
 
-def _placed_one(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _stacked(layer: LayerWeights, device: torch.device, dtype: torch.dtype) -> StackedExperts:
+    gate_up, down = (torch.stack(matrices).to(device, dtype) for matrices in (layer.gate_up, layer.down))
+    return StackedExperts(gate_up, down)
+
+
+def _placed_tensor(weight: Tensor, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     return weight.to(device, dtype if weight.dim() > 1 else torch.float32)
