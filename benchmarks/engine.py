@@ -1,0 +1,168 @@
+"""The engine beside its peers and its floors, over sizes of one function: `python -m benchmarks.engine [--quick]`.
+
+Every system runs in a process of its own with two threads, on the same bf16 weights and token ids; runs alternate, and
+figures are medians over the rounds. Peers are installed by `pip install -e '.[peers]'`; without them their columns stay
+empty and their goals count as not met. Widened checkpoints are kept under `results/models`.
+
+A pass over n tokens cannot be faster than reading its bytes or computing its products: its floor, as a multiple of a
+pass over one token, is the larger of bytes(n)/bytes(1) and the time of its multiply-adds at the measured rate over the
+measured T(1). bytes(n) counts the experts that n tokens of real text were seen to touch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+import slipstream_kernels
+from benchmarks.engine_costs import bytes_read
+from benchmarks.engine_figures import (
+    HF_BF16,
+    HF_FP32,
+    LLAMA,
+    OURS,
+    Bounds,
+    Machine,
+    Measured,
+    draw,
+    goals_of,
+    tables_of,
+)
+from benchmarks.engine_sizes import MOE_SIZES, SIZES, Prepared, Size, prepare, source_directory
+from benchmarks.peers.protocol import INSTALL, Task, Timing, is_installed, run_system
+from benchmarks.report import RESULTS, finish, progress
+from slipstream_kernels.measure import multiply_adds_per_s, read_gbps
+
+NUM_THREADS = 2
+NUM_TOKENS = 64
+PROMPT_TOKENS = 128
+TEXT_TOKENS = 256
+CONTEXTS = (128, 160, 192, 216)
+"""Where passes over trees begin; the last one still has 33 tokens of text behind it."""
+
+TREE_SIZES = (1, 2, 3, 5, 9, 17, 33)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+
+FULL = Bounds(
+    speed_over_llama=1.0,
+    bandwidth_share=0.7,
+    pass_over_floor=1.15,
+    pass_gain_over_llama=2.0,
+    other_share=0.1,
+    batch_gain=1.0,
+)
+QUICK = Bounds(
+    speed_over_llama=0.9,
+    bandwidth_share=0.6,
+    pass_over_floor=1.4,
+    pass_gain_over_llama=1.5,
+    other_share=0.15,
+    batch_gain=0.9,
+)
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run measures; a system is the module that runs it, by name."""
+
+    sizes: tuple[Size, ...]
+    systems: dict[str, str]
+    num_rounds: int
+    bounds: Bounds
+
+
+def plan_of(*, is_quick: bool) -> Plan:
+    """The full or the quick run, with the peers that are installed; names those that are not."""
+    systems = {OURS: "benchmarks.engine_own"}
+    if is_installed("llama_cpp") and is_installed("gguf"):
+        systems[LLAMA] = "benchmarks.peers.llamacpp"
+    if is_installed("transformers"):
+        dtypes = (HF_BF16,) if is_quick else (HF_BF16, HF_FP32)
+        systems |= dict.fromkeys(dtypes, "benchmarks.peers.transformers_generate")
+    if len(systems) < (3 if is_quick else 4):
+        progress(f"peers are missing: their columns stay empty and their goals unmet; install them with {INSTALL}")
+    return Plan(
+        sizes=MOE_SIZES if is_quick else SIZES,
+        systems=systems,
+        num_rounds=3 if is_quick else 5,
+        bounds=QUICK if is_quick else FULL,
+    )
+
+
+def measure(size: Size, plan: Plan, cache: Path) -> Measured | None:
+    """All rounds of one size; None, and a line that says so, if its trained model is not on this machine."""
+    source = source_directory(size)
+    if source is None:
+        progress(f"{size.name}: left out, {size.source} is not on this machine")
+        return None
+    prepared = prepare(size, source, cache)
+    context = PROMPT_TOKENS + NUM_TOKENS // 2
+    experts = prepared.config.experts_per_token
+    working_set = int(bytes_read(prepared.config, num_tokens=1, experts_touched=experts, context=context))
+    timings: dict[str, list[Timing]] = {system: [] for system in plan.systems}
+    speeds: list[tuple[float, float]] = []
+    for number in range(plan.num_rounds):
+        for system, module in plan.systems.items():
+            speeds.append(
+                (
+                    read_gbps(working_set, num_threads=NUM_THREADS),
+                    multiply_adds_per_s(num_threads=NUM_THREADS),
+                )
+            )
+            timings[system].append(run_system(module, task_for(system, prepared)))
+        times = ", ".join(f"{system} {runs[-1].ms_per_token:.3f}" for system, runs in timings.items())
+        progress(f"{size.name}, round {number + 1} of {plan.num_rounds}, ms a token: {times}")
+    reads, rates = zip(*speeds, strict=True)
+    machine = Machine(read_gbps=statistics.median(reads), multiply_adds_per_s=statistics.median(rates))
+    return Measured(prepared=prepared, machine=machine, timings=timings, context=context)
+
+
+def task_for(system: str, prepared: Prepared) -> Task:
+    """What a system is asked to measure at this size."""
+    text = prepared.text_ids
+    is_llama = system == LLAMA
+    return Task(
+        model=str(prepared.gguf if is_llama else prepared.directory),
+        dtype="float32" if system == HF_FP32 else "bfloat16",
+        num_threads=NUM_THREADS,
+        prompt_ids=text[:PROMPT_TOKENS],
+        num_tokens=NUM_TOKENS,
+        text_ids=text[:TEXT_TOKENS],
+        contexts=CONTEXTS if system in (OURS, LLAMA) else (),
+        tree_sizes=TREE_SIZES if system in (OURS, LLAMA) else (),
+        batch_sizes=BATCH_SIZES if system == OURS else (),
+    )
+
+
+def figures_of(results: Sequence[Measured]) -> dict[str, float]:
+    """Plain decoding of every system at every size: the figures beside the goals'."""
+    return {
+        f"ms a token, {each.prepared.size.name}, {system}": statistics.median(run.ms_per_token for run in runs)
+        for each in results
+        for system, runs in each.timings.items()
+    }
+
+
+def main() -> int:
+    """Measure, print, store and judge; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two sizes and three rounds, at most three minutes")
+    arguments = parser.parse_args()
+    if not slipstream_kernels.is_available():
+        progress(f"nothing to measure: {slipstream_kernels.why_unavailable()}")
+        return 1
+    plan = plan_of(is_quick=arguments.quick)
+    measured = [measure(size, plan, RESULTS / "models") for size in plan.sizes]
+    results = [each for each in measured if each is not None]
+    draw(results, RESULTS / "engine.png")
+    goals = goals_of(results, plan.bounds)
+    figures = figures_of(results) | {goal.figure: goal.value for goal in goals}
+    return finish("engine", tables=tables_of(results), figures=figures, goals=goals)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
