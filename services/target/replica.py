@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from starlette.types import ASGIApp
 
+import slipstream_kernels
 from services.target.callers import Callers
 from services.target.ingress import Ingress, ServedModel
 from services.target.prompt_text import PromptText
 from slipstream.config import Settings, load_config, load_tenants
+from slipstream.engine.blocks import blocks_for
 from slipstream.engine.engine import Engine
 from slipstream.engine.observer import Observer
 from slipstream.engine.runner import EngineRunner
@@ -45,11 +47,14 @@ class Replica:
         settings = load_config()
         directory = Path(target_dir)
         torch.set_num_threads(settings.config.serving.num_threads)
+        if slipstream_kernels.is_available():
+            slipstream_kernels.set_num_threads(settings.config.serving.num_threads)
         self._metrics = ReplicaMetrics()
         self._replica_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._observer = _observer(settings, self._metrics)
         target = load_checkpoint(directory)
         digest = target_digest(directory)
+        prompt_text = PromptText(directory)
         engine = Engine(
             target,
             limits=_limits(settings),
@@ -58,6 +63,7 @@ class Replica:
             top_n=settings.config.observing.top_n,
             observe=self._observer.offer if self._observer else _forget,
             metrics=self._metrics,
+            token_bytes=prompt_text.token_bytes.__getitem__,
         )
         self._runner = EngineRunner(engine)
         self._follower = self._pointer_follower(settings, digest)
@@ -68,7 +74,7 @@ class Replica:
             max_context_tokens=engine.max_context_tokens,
             stop_token_ids=target.config.eos_token_ids,
         )
-        self._ingress = self._make_ingress(model, directory, settings)
+        self._ingress = self._make_ingress(model, prompt_text, settings)
         self._start()
 
     def app(self) -> ASGIApp:
@@ -98,11 +104,11 @@ class Replica:
             self._follower.start()
         logger.info("replica %s serves", self._replica_id)
 
-    def _make_ingress(self, model: ServedModel, directory: Path, settings: Settings) -> Ingress:
+    def _make_ingress(self, model: ServedModel, prompt_text: PromptText, settings: Settings) -> Ingress:
         keys = settings.addresses.api_keys
         return Ingress(
             model,
-            prompt_text=PromptText(directory),
+            prompt_text=prompt_text,
             runner=self._runner,
             metrics=self._metrics,
             callers=Callers(load_tenants(keys) if keys else None),
@@ -142,6 +148,7 @@ def _limits(settings: Settings) -> EngineLimits:
         max_step_tokens=serving.max_step_tokens,
         max_context_tokens=serving.max_context_tokens,
         num_draft_tokens=serving.num_draft_tokens,
+        num_blocks=blocks_for(serving.kv_cache_tokens),
     )
 
 

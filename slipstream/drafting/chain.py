@@ -4,32 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.drafting.drafter import DraftContext
 from slipstream.drafting.tree import NO_DRAFT, DraftTree, chain_tree
-from slipstream.engine.kv_cache import CachedDecoder, Span
-from slipstream.engine.request import SamplingParams
+from slipstream.engine.blocks import blocks_for
+from slipstream.engine.decoders import open_decoder
+from slipstream.engine.plan import NO_NODE, Int32, StepPlan
 from slipstream.engine.sampling import draft_tokens
 from slipstream.models.checkpoint import Checkpoint
-from slipstream.models.decoder import arrange
-
-
-class DraftContext(msgspec.Struct, frozen=True):
-    """A request that wants a draft: its slot, all its tokens so far, and how many to propose at most."""
-
-    slot: int
-    token_ids: Sequence[int]
-    sampling: SamplingParams
-    num_tokens: int
 
 
 class ChainDrafter:
-    """Proposes chains from one draft version; keeps a KV cache in step with what the target commits.
+    """Proposes chains from one draft version; keeps a K/V cache in step with what the target commits.
 
-    A new drafter knows nothing of running requests: it catches up with their tokens, at most `max_catch_up_tokens`
-    a call, and proposes nothing for a request until it has.
+    Each slot owns a fixed run of blocks. Candidates are computed in place, as what they are if they are accepted: a
+    wrong one is overwritten by the token that stands there instead. A new drafter knows nothing of running requests:
+    it catches up with their tokens, at most `max_catch_up_tokens` a call, and proposes nothing for a request until it
+    has.
     """
 
     def __init__(
@@ -40,85 +34,98 @@ class ChainDrafter:
         num_slots: int,
         max_context_tokens: int,
         max_catch_up_tokens: int,
+        device: str = "cpu",
     ) -> None:
         self.version = version
         self.digest = checkpoint.digest
-        self._model = CachedDecoder(
-            arrange(checkpoint.config, checkpoint.weights),
-            num_slots=num_slots,
-            max_context_tokens=max_context_tokens,
-            is_exact=False,
-        )
         self._max_positions = min(max_context_tokens, checkpoint.config.max_position_embeddings)
         self._max_catch_up_tokens = max_catch_up_tokens
         self._num_cached = [0] * num_slots
+        blocks_per_slot = blocks_for(self._max_positions)
+        num_blocks = num_slots * blocks_per_slot
+        self._block_tables_BC = np.arange(num_blocks, dtype=np.int32).reshape(num_slots, blocks_per_slot)
+        self._decoder = open_decoder(
+            checkpoint,
+            num_blocks=num_blocks,
+            num_node_slots=0,
+            max_rows=max(max_catch_up_tokens, num_slots),
+            device=device,
+        )
 
     def release(self, slot: int) -> None:
         """Forget what the slot held."""
         self._num_cached[slot] = 0
 
     def warm(self) -> None:
-        """Run once at the sizes of a step, so that the first real step pays no first-call cost."""
-        self._model.logits(self._model.forward([Span(0, 0, (0,) * 8)])[0])
+        """Run once, so that the first real step pays no first-call cost."""
+        self._forward([0], [0], [0], wanted=[0])
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
         """One chain per context, in order; NO_DRAFT where none is possible yet."""
-        ready, hidden = self._catch_up(contexts)
-        chains: dict[int, list[int]] = {index: [] for index in ready}
-        while ready:
-            ids = self._candidates([contexts[index] for index in ready], [chains[index] for index in ready], hidden)
-            for index, token in zip(ready, ids.tolist(), strict=True):
+        chains: list[list[int]] = [[] for _ in contexts]
+        depths = [min(one.max_depth, one.max_nodes, self._max_positions - len(one.token_ids)) for one in contexts]
+        growing, logits_BV = self._catch_up(contexts, depths)
+        while growing:
+            positions = [len(contexts[index].token_ids) + len(chains[index]) for index in growing]
+            draws = [contexts[index].sampling for index in growing]
+            for index, token in zip(growing, draft_tokens(logits_BV, draws, positions).tolist(), strict=True):
                 chains[index].append(token)
-            ready = [index for index in ready if len(chains[index]) < self._room(contexts[index])]
-            if ready:
-                hidden = self._extend([contexts[index] for index in ready], [chains[index] for index in ready])
-        return [
-            chain_tree(chains[index], drafter="chain", version=self.version) if chains.get(index) else NO_DRAFT
-            for index in range(len(contexts))
-        ]
+            growing = [index for index in growing if len(chains[index]) < depths[index]]
+            if growing:
+                logits_BV = self._extend([contexts[index] for index in growing], [chains[index] for index in growing])
+        return [chain_tree(one, drafter="chain", version=self.version) if one else NO_DRAFT for one in chains]
 
     def committed(self, slot: int, *, num_tokens: int) -> None:
         """The sequence now has `num_tokens` tokens, all but the last equal to what was computed: drop the rest."""
         self._num_cached[slot] = min(self._num_cached[slot], num_tokens - 1)
 
-    def _room(self, context: DraftContext) -> int:
-        return min(context.num_tokens, self._max_positions - len(context.token_ids))
-
-    def _catch_up(self, contexts: Sequence[DraftContext]) -> tuple[list[int], Tensor]:
-        """Compute tokens not yet in the cache; returns the contexts that are level, and their last hidden rows."""
-        budget = self._max_catch_up_tokens
-        spans: list[Span] = []
-        ready: list[int] = []
-        last_rows: list[int] = []
-        num_rows = 0
-        for index, context in enumerate(contexts):
+    def _catch_up(self, contexts: Sequence[DraftContext], depths: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Compute tokens not yet in the cache; returns the contexts that are level, and the logits of their next."""
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        level: list[int] = []
+        wanted: list[int] = []
+        for index, (context, depth) in enumerate(zip(contexts, depths, strict=True)):
             start = self._num_cached[context.slot]
-            take = min(len(context.token_ids) - start, budget)
-            if take < 1 or self._room(context) < 1:
+            end = min(len(context.token_ids), start + self._max_catch_up_tokens - len(ids))
+            if depth < 1 or end <= start:
                 continue
-            budget -= take
-            num_rows += take
-            spans.append(Span(context.slot, start, tuple(context.token_ids[start : start + take])))
-            self._num_cached[context.slot] = start + take
-            if start + take == len(context.token_ids):
-                ready.append(index)
-                last_rows.append(num_rows - 1)
-        if not ready:
-            if spans:
-                self._model.forward(spans)
+            ids += context.token_ids[start:end]
+            positions += range(start, end)
+            slots += [context.slot] * (end - start)
+            self._num_cached[context.slot] = end
+            if end == len(context.token_ids):
+                level.append(index)
+                wanted.append(len(ids) - 1)
+        if not ids:
             return [], torch.empty(0)
-        return ready, self._model.forward(spans)[0][last_rows]
+        return level, self._forward(ids, positions, slots, wanted=wanted)
 
     def _extend(self, contexts: Sequence[DraftContext], chains: Sequence[list[int]]) -> Tensor:
-        """Compute each chain's newest candidate; returns its hidden row."""
-        spans = []
-        for context, chain in zip(contexts, chains, strict=True):
-            position = len(context.token_ids) + len(chain) - 1
-            spans.append(Span(context.slot, position, (chain[-1],)))
-            self._num_cached[context.slot] = position + 1
-        return self._model.forward(spans)[0]
+        """Compute each chain's newest candidate; returns the logits of the next."""
+        positions = [len(context.token_ids) + len(chain) - 1 for context, chain in zip(contexts, chains, strict=True)]
+        slots = [context.slot for context in contexts]
+        for slot, position in zip(slots, positions, strict=True):
+            self._num_cached[slot] = position + 1
+        return self._forward([chain[-1] for chain in chains], positions, slots, wanted=range(len(chains)))
 
-    def _candidates(self, contexts: Sequence[DraftContext], chains: Sequence[list[int]], hidden_BD: Tensor) -> Tensor:
-        logits_BV = self._model.logits(hidden_BD)
-        positions = [len(context.token_ids) + len(chain) for context, chain in zip(contexts, chains, strict=True)]
-        return draft_tokens(logits_BV, [context.sampling for context in contexts], positions)
+    def _forward(
+        self, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], *, wanted: Sequence[int]
+    ) -> Tensor:
+        position_T = np.array(positions, dtype=np.int32)
+        plan = StepPlan(
+            np.array(ids, dtype=np.int32),
+            position_T,
+            np.array(slots, dtype=np.int32),
+            self._block_tables_BC,
+            position_T + np.int32(1),
+            np.full(len(ids), NO_NODE, dtype=np.int32),
+            np.zeros(len(ids) + 1, dtype=np.int32),
+            _NO_ANCESTORS,
+            np.array(wanted, dtype=np.int32),
+        )
+        return self._decoder.forward(plan).logits_XV
+
+
+_NO_ANCESTORS: Int32 = np.zeros(0, dtype=np.int32)

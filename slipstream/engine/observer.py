@@ -8,8 +8,8 @@ import time
 from collections import deque
 
 import msgspec
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from slipstream.engine.batch import RunningSequence
 from slipstream.engine.request import FinishReason
@@ -45,18 +45,6 @@ class ObservationSource(msgspec.Struct, frozen=True, kw_only=True):
     num_experts: int
 
 
-def observe_block(
-    sequence: RunningSequence, kept: tuple[int, ...], logits_XV: Tensor, experts_XLK: Tensor | None, *, top_n: int
-) -> None:
-    """Keep the target's log-probabilities and experts of the positions that produced these tokens."""
-    logprobs = logits_XV[: len(kept)].log_softmax(dim=-1)
-    top = logprobs.topk(top_n, dim=-1)
-    emitted = logprobs.gather(1, torch.tensor(kept).unsqueeze(1)).squeeze(1)
-    sequence.logprob_rows.append((emitted, top.indices, top.values))
-    if experts_XLK is not None:
-        sequence.expert_rows.append(experts_XLK[: len(kept)])
-
-
 def observations_of(
     sequence: RunningSequence, source: ObservationSource, *, finish_reason: FinishReason
 ) -> list[Observation]:
@@ -64,9 +52,13 @@ def observations_of(
     request = sequence.request
     if not request.may_train or not sequence.num_output:
         return []
-    emitted_T, top_ids_TN, top_logprobs_TN = (torch.cat(rows) for rows in zip(*sequence.logprob_rows, strict=True))
-    experts_TLK = torch.cat(sequence.expert_rows) if sequence.expert_rows else None
-    num_prompt = len(request.prompt_ids)
+    # A request may have asked for more log-probabilities than are observed; the most likely come first.
+    emitted_T = np.concatenate([rows.logprobs_T for rows in sequence.observed])
+    top_ids_TN = np.concatenate([rows.top_ids_TN[:, : source.top_n] for rows in sequence.observed])
+    top_logprobs_TN = np.concatenate([rows.top_logprobs_TN[:, : source.top_n] for rows in sequence.observed])
+    experts = [rows.expert_ids_TLK for rows in sequence.observed if rows.expert_ids_TLK is not None]
+    experts_TLK = np.concatenate(experts) if experts else None
+    num_prompt = sequence.num_prompt
     observations = []
     for chunk, start in enumerate(range(0, sequence.num_output, CHUNK_TOKENS)):
         part = slice(start, min(start + CHUNK_TOKENS, sequence.num_output))
@@ -82,10 +74,10 @@ def observations_of(
                 target_digest=source.target_digest,
                 prompt_ids=pack_ids(sequence.token_ids[:first]),
                 output_ids=pack_ids(sequence.token_ids[first : num_prompt + part.stop]),
-                output_logprobs=pack_floats(emitted_T[part].numpy(), bits=32),
+                output_logprobs=pack_floats(emitted_T[part], bits=32),
                 top_n=source.top_n,
-                top_ids=pack_ids(top_ids_TN[part].numpy()),
-                top_logprobs=pack_floats(top_logprobs_TN[part].numpy(), bits=16),
+                top_ids=pack_ids(top_ids_TN[part]),
+                top_logprobs=pack_floats(top_logprobs_TN[part], bits=16),
                 first_position=first,
                 rounds=_rounds_within(sequence.rounds, part),
                 finish_reason=finish_reason,
@@ -116,13 +108,13 @@ def _rounds_within(rounds: list[Round], part: slice) -> tuple[Round, ...]:
     )
 
 
-def _routing_trace(experts_TLK: Tensor, source: ObservationSource) -> RoutingTrace:
+def _routing_trace(experts_TLK: NDArray[np.integer], source: ObservationSource) -> RoutingTrace:
     return RoutingTrace(
         num_layers=experts_TLK.shape[1],
         num_experts=source.num_experts,
         experts_per_token=experts_TLK.shape[2],
         routing_version=0,
-        expert_ids=experts_TLK.numpy().astype("<u2").tobytes(),
+        expert_ids=experts_TLK.astype("<u2").tobytes(),
     )
 
 

@@ -172,9 +172,7 @@ class Scheduler:
         """Whether its tokens fit beside what the running sequences will soon need: else it would only be preempted."""
         if not self.running:
             return True
-        promised = sum(
-            max(blocks_for(len(one.token_ids) + BLOCK_TOKENS) - len(one.blocks), 0) for one in self.running
-        )
+        promised = sum(max(blocks_for(len(one.token_ids) + BLOCK_TOKENS) - len(one.blocks), 0) for one in self.running)
         return blocks_for(len(sequence.token_ids)) + promised <= self.pool.num_free
 
     def _key(self, sequence: RunningSequence) -> PrefixKey:
@@ -236,7 +234,7 @@ class Scheduler:
         return len(sequence.blocks) * BLOCK_TOKENS
 
     def _make_room(self, sequence: RunningSequence) -> bool:
-        """Free a block: one that was only meant for a draft, else by preempting the newest; False if that is `sequence`.
+        """Free a block: one meant for a draft, else by preempting the newest; False if that is this sequence.
 
         A preempted sequence waits at the front of the queue with its tokens, and computes them again.
         """

@@ -1,0 +1,110 @@
+"""One request in one pass of the target: what was chosen at its rows of logits, and what the target said there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from slipstream.drafting.tree import DraftTree
+from slipstream.engine.batch import ObservedRows, RunningSequence
+from slipstream.engine.packing import moves_of
+from slipstream.engine.plan import Move, StepOutput, StepPlan
+from slipstream.engine.request import TokenLogprobs
+from slipstream.engine.sampling import RowsOfRequest, choose_tokens
+from slipstream.verification import verify
+from slipstream_kernels.sampling import top_logprobs
+
+
+class Pass(msgspec.Struct, kw_only=True):
+    """A request whose next tokens are decided in this step.
+
+    Row `first_row` of the step's logits is that of its last committed token, the tree's nodes follow; their node slots
+    begin at `first_node_slot`. `path` are the accepted nodes and `token_ids` their tokens and the bonus; `kept_ids` is
+    what of them was committed. `said` is None where nobody asked what the target said.
+    """
+
+    sequence: RunningSequence
+    tree: DraftTree
+    first_row: int
+    first_node_slot: int
+    path: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    kept_ids: tuple[int, ...] = ()
+    said: ObservedRows | None = None
+
+
+def passes_of(sequences: Sequence[RunningSequence], trees: Sequence[DraftTree]) -> list[Pass]:
+    """The choosing ones of a step's sequences, with the places that `packing.pack` gave them."""
+    passes: list[Pass] = []
+    num_nodes = 0
+    for sequence, tree in zip(sequences, trees, strict=True):
+        if sequence.is_choosing:
+            first_row = len(passes) + num_nodes
+            passes.append(Pass(sequence=sequence, tree=tree, first_row=first_row, first_node_slot=num_nodes))
+            num_nodes += len(tree.token_ids)
+    return passes
+
+
+def choose_and_verify(passes: Sequence[Pass], output: StepOutput) -> None:
+    """Set `path` and `token_ids`: the target's token at every row, and how far each tree agrees."""
+    rows = [
+        RowsOfRequest(one.sequence.request.sampling, one.sequence.token_ids, one.sequence.num_prompt, one.tree)
+        for one in passes
+    ]
+    for one, chosen in zip(passes, choose_tokens(output.logits_XV, rows), strict=True):
+        verification = verify(one.tree, chosen)
+        one.path, one.token_ids = verification.path, verification.token_ids
+
+
+def accepted_moves(passes: Sequence[Pass]) -> list[Move]:
+    """Where the accepted nodes of all passes go; to be taken before anything is committed."""
+    return [
+        move
+        for one in passes
+        if one.path
+        for move in moves_of(one.sequence, one.path, first_node_slot=one.first_node_slot)
+    ]
+
+
+def note_what_was_said(passes: Sequence[Pass], plan: StepPlan, output: StepOutput, *, top_n: int) -> None:
+    """Set `said` for the committed tokens of requests that may be learned from or asked for log-probabilities.
+
+    `top_n` log-probabilities of each are kept, more if a request asked for more.
+    """
+    asked = [one for one in passes if one.sequence.request.may_train or one.sequence.request.num_logprobs is not None]
+    if not asked:
+        return
+    rows = [row for one in asked for row in _rows(one)]
+    token_ids = [token for one in asked for token in one.kept_ids]
+    num_top = max(top_n, *(one.sequence.request.num_logprobs or 0 for one in asked))
+    said = top_logprobs(output.logits_XV, rows, token_ids, num_top=min(num_top, output.logits_XV.shape[1]))
+    logprobs_T, top_ids_TN, top_logprobs_TN = (tensor.cpu().numpy() for tensor in said)
+    experts_TLK = None
+    if output.expert_ids_TLK is not None:
+        experts_TLK = output.expert_ids_TLK[torch.from_numpy(plan.logit_rows_X[rows])].cpu().numpy()
+    first = 0
+    for one in asked:
+        part = slice(first, first + len(one.kept_ids))
+        first = part.stop
+        one.said = ObservedRows(
+            logprobs_T[part],
+            top_ids_TN[part],
+            top_logprobs_TN[part],
+            None if experts_TLK is None else experts_TLK[part],
+        )
+
+
+def token_logprobs(said: ObservedRows, *, num_top: int) -> tuple[TokenLogprobs, ...]:
+    """An entry per token, with its `num_top` most likely alternatives."""
+    columns = zip(said.logprobs_T.tolist(), said.top_ids_TN.tolist(), said.top_logprobs_TN.tolist(), strict=True)
+    return tuple(
+        TokenLogprobs(logprob=logprob, top=tuple(zip(ids[:num_top], logprobs[:num_top], strict=True)))
+        for logprob, ids, logprobs in columns
+    )
+
+
+def _rows(one: Pass) -> list[int]:
+    """The rows of logits that the committed tokens were chosen at."""
+    return [one.first_row, *(one.first_row + 1 + node for node in one.path)][: len(one.kept_ids)]
