@@ -36,6 +36,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """The target's replicas and their HTTP face; `initial_draft` is the draft of day one, "" for none.
 
     `kv_cache_tokens` is the K/V cache of a replica in positions, rounded up to blocks of 16: what bounds its memory.
+    `device` is where the target and its draft run: a GPU in the machine may be meant for something else.
     """
 
     target: str = "deploy/models/mix-moe-11m"
@@ -45,6 +46,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 8000
     num_replicas: PositiveInt = 1
     num_threads: PositiveInt = 1
+    device: Literal["cpu", "cuda"] = "cpu"
     max_running_requests: PositiveInt = 32
     max_queued_requests: PositiveInt = 64
     max_step_tokens: PositiveInt = 512

@@ -107,7 +107,7 @@ def _deploy(serving: ServingConfig, directory: Path) -> None:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "num_gpus": int(serving.device == "cuda")},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )(serve.ingress()(ReplicaProcess))
     try:

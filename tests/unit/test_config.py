@@ -20,6 +20,7 @@ KNOBS = {
         "port",
         "num_replicas",
         "num_threads",
+        "device",  # weights, cache and numbers differ by it, so it is not guessed from what the machine has
         "max_running_requests",
         "max_queued_requests",
         "max_step_tokens",
@@ -107,6 +108,7 @@ def test_named_values_replace_defaults_and_leave_the_others(toml: Path) -> None:
         ("[learning]\nkeep_versions = 0\n", r"learning\.keep_versions"),
         ("[gate]\nerror_rate = 0.5\n", r"gate\.error_rate"),
         ("[gate]\nmin_requests = true\n", r"gate\.min_requests"),
+        ('[serving]\ndevice = "gpu"\n', r"serving\.device"),
         ("[serving\n", "slipstream.toml"),
         ("\xff", "slipstream.toml"),
     ],
