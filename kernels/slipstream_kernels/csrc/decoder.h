@@ -6,18 +6,18 @@
 
 #include "abi.h"
 #include "attention.h"
-#include "matmul.h"
-#include "pool.h"
+#include "experts.h"
 
 namespace SLIPSTREAM_ISA {
 
-using slipstream::Phases;
 using Buffer = std::unique_ptr<float[]>;
 
 struct Layer {
+    explicit Layer(Experts experts) : mlp(std::move(experts)) {}
+
     std::vector<float> attention_norm, query_norm, key_norm, mlp_norm, router;
     Packed qkv, attention_out;
-    std::vector<Packed> gate_up, down;  // one per expert; a dense layer is one expert
+    Experts mlp;
 };
 
 // What one pass works on; every buffer is allocated once, for `max_rows` rows.
@@ -36,7 +36,6 @@ struct Scratch {
     std::vector<int32_t> group_choices; // [L, T * K]: row * K + rank
     std::vector<int32_t> active;        // [L, E]: experts with a row, ascending
     std::vector<int32_t> num_active;    // [L]
-    std::vector<int32_t> next_place;    // [E], while sorting
     std::vector<Buffer> scores;         // per thread
 };
 
@@ -53,8 +52,6 @@ class Decoder {
     // `moves` holds (node slot, block, offset) triples.
     void keep(int num_moves, const int32_t* moves);
 
-    size_t num_weight_bytes() const;
-
    private:
     friend struct ForwardPass;
 
@@ -63,16 +60,15 @@ class Decoder {
     float* block_values(int layer, int kv_head, int block) const;
     float* node_keys(int layer, int kv_head, int slot) const;
     float* node_values(int layer, int kv_head, int slot) const;
-    bool set_mlp(SlipstreamPart part, Layer& layer, int expert, const void* data, SlipstreamType type);
 
     SlipstreamSizes sizes_;
-    int num_experts_, experts_per_token_, padded_hidden_, padded_inner_, qkv_width_;
+    int num_experts_, experts_per_token_, delta_width_, qkv_width_;
     const void* embedding_ = nullptr;
     SlipstreamType embedding_type_ = kFp32;
     const float *cosines_ = nullptr, *sines_ = nullptr;
     std::vector<float> final_norm_;
     Packed head_;
-    std::vector<Layer> layers_;
+    std::vector<std::unique_ptr<Layer>> layers_;
     Buffer block_store_, node_store_;
     Scratch scratch_;
 };

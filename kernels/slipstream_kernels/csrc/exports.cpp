@@ -7,6 +7,17 @@
 #include "rows.h"
 
 namespace isa = SLIPSTREAM_ISA;
+using slipstream::Phases;
+
+namespace {
+
+// Run `body(phases)` on every thread of the pool.
+template <class Body>
+void in_pass(Body body) {
+    slipstream::run_pass([](void* context, Phases& phases) { (*static_cast<Body*>(context))(phases); }, &body);
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -34,10 +45,8 @@ void SLIPSTREAM_EXPORT(decoder_keep)(void* decoder, int32_t num_moves, const int
 }
 
 auto SLIPSTREAM_EXPORT(matrix_new)(const void* data, int32_t type, int32_t outputs, int32_t inner) -> void* {
-    std::vector<int> order(outputs);
-    for (int o = 0; o < outputs; ++o) order[o] = o;
     auto* const matrix = new isa::Packed;
-    if (matrix->pack(data, SlipstreamType(type), inner, order.data(), outputs)) return matrix;
+    if (matrix->pack(data, SlipstreamType(type), inner, isa::in_order(outputs).data(), outputs)) return matrix;
     delete matrix;
     return nullptr;
 }
@@ -46,29 +55,66 @@ void SLIPSTREAM_EXPORT(matrix_free)(void* matrix) { delete static_cast<isa::Pack
 
 // out[rows, outputs] = x[rows, inner] * matrix^T.
 void SLIPSTREAM_EXPORT(matrix_product)(const void* matrix, const float* x, int32_t num_rows, float* out) {
-    struct Call {
-        const isa::Packed* matrix;
-        const float* x;
-        int num_rows;
-        float* out;
-    } call{static_cast<const isa::Packed*>(matrix), x, num_rows, out};
-    slipstream::run_pass(
-        [](void* context, slipstream::Phases& phases) {
-            const Call& call = *static_cast<Call*>(context);
-            const int outputs = call.matrix->num_outputs(), inner = call.matrix->inner();
-            phases.run(call.matrix->num_panels(), [&](int panel) {
-                std::vector<const float*> rows(call.num_rows);
-                for (int row = 0; row < call.num_rows; ++row) rows[row] = call.x + size_t(row) * inner;
-                std::vector<float> tile(size_t(call.num_rows) * isa::kPanel);
-                call.matrix->product(panel, rows.data(), call.num_rows, tile.data());
-                const int width = std::min(isa::kPanel, outputs - panel * isa::kPanel);
-                for (int row = 0; row < call.num_rows; ++row) {
-                    std::copy_n(tile.data() + row * isa::kPanel, width,
-                                call.out + size_t(row) * outputs + panel * isa::kPanel);
-                }
-            });
-        },
-        &call);
+    const auto& weights = *static_cast<const isa::Packed*>(matrix);
+    in_pass([&](Phases& phases) {
+        const int outputs = weights.num_outputs();
+        phases.run(weights.num_panels(), [&](int panel) {
+            const int first = panel * isa::kPanel, width = std::min(isa::kPanel, outputs - first);
+            isa::panel_product(
+                weights, panel, num_rows, [&](int row) { return x + size_t(row) * weights.inner(); },
+                [&](int row, const float* tile) { std::copy_n(tile, width, out + size_t(row) * outputs + first); });
+        });
+    });
+}
+
+auto SLIPSTREAM_EXPORT(experts_new)(int32_t num_experts, int32_t hidden, int32_t inner) -> void* {
+    return new isa::Experts(num_experts, hidden, inner);
+}
+
+void SLIPSTREAM_EXPORT(experts_free)(void* experts) { delete static_cast<isa::Experts*>(experts); }
+
+int SLIPSTREAM_EXPORT(experts_set)(void* experts, int32_t expert, const void* gate_up, const void* down, int32_t type) {
+    auto& weights = *static_cast<isa::Experts*>(experts);
+    return weights.set_gate_up(expert, gate_up, SlipstreamType(type)) &&
+           weights.set_down(expert, down, SlipstreamType(type));
+}
+
+// out[row] = sum over its chosen experts of weight * down(silu(gate) * up).
+void SLIPSTREAM_EXPORT(experts_run)(const void* experts, const float* x, int32_t num_rows, int32_t num_chosen,
+                                    int32_t* chosen, float* chosen_weights, float* out) {
+    const auto& weights = *static_cast<const isa::Experts*>(experts);
+    const int num_experts = weights.num_experts(), num_choices = num_rows * num_chosen;
+    std::vector<int32_t> starts(num_experts + 1), choices(num_choices), active(num_experts), num_active(1);
+    const isa::Routing routing{num_chosen,     chosen,        chosen_weights,   starts.data(),
+                               choices.data(), active.data(), num_active.data()};
+    isa::group_by_expert(routing, num_rows, num_experts);
+    std::vector<float> activated(size_t(num_choices) * weights.activated_width());
+    std::vector<float> expert_out(size_t(num_choices) * weights.out_width());
+    in_pass([&](Phases& phases) {
+        isa::run_experts(phases, weights, routing, x, activated.data(), expert_out.data());
+    });
+    for (int row = 0; row < num_rows; ++row) {
+        float* const to = out + size_t(row) * weights.hidden();
+        std::fill(to, to + weights.hidden(), 0.0f);
+        isa::add_experts(weights, routing, row, expert_out.data(), to);
+    }
+}
+
+// One head over `num_queries` queries. Keys and values lie as attention.h says, blocks and nodes each contiguous.
+void SLIPSTREAM_EXPORT(tree_attention)(const float* queries, const float* block_keys, const float* block_values,
+                                       const float* node_keys, const float* node_values, const int32_t* tables,
+                                       int32_t table_width, const int32_t* num_committed, const int32_t* ancestor_starts,
+                                       const int32_t* ancestors, int32_t num_queries, int32_t size, float* out) {
+    const isa::HeadCache cache{block_keys, block_values, node_keys, node_values, long(isa::kBlock) * size, size};
+    in_pass([&](Phases& phases) {
+        phases.run(num_queries, [&](int query) {
+            const int first = ancestor_starts[query], num_ancestors = ancestor_starts[query + 1] - first;
+            const isa::Query one{queries + size_t(query) * size, tables + size_t(query) * table_width, ancestors + first,
+                                 num_committed[query], num_ancestors};
+            std::vector<float> scores(isa::round_up(num_committed[query] + num_ancestors, isa::kBlock) + isa::kBlock);
+            isa::attend(cache, one, size, scores.data(), out + size_t(query) * size);
+        });
+    });
 }
 
 void SLIPSTREAM_EXPORT(rms_norm)(const float* x, const float* weight, int32_t num_rows, int32_t size, float epsilon,

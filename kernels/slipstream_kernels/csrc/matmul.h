@@ -4,7 +4,10 @@
 // So a row's result does not depend on how many rows share the tile, on the tile's width, or on threads.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <numeric>
+#include <vector>
 
 #include "abi.h"
 #include "simd.h"
@@ -29,7 +32,6 @@ class Packed {
     int num_panels() const { return num_panels_; }
     int num_outputs() const { return num_outputs_; }
     int inner() const { return inner_; }
-    size_t num_bytes() const { return panel_bytes_ * num_panels_; }
 
     // out[row][0..kPanel) of one panel for `num_rows` rows; `out` is row-major with stride kPanel.
     void product(int panel, const float* const* rows, int num_rows, float* out) const;
@@ -40,5 +42,29 @@ class Packed {
     int num_panels_ = 0, num_outputs_ = 0, inner_ = 0;
     SlipstreamType type_ = kFp32;
 };
+
+constexpr int kRowsAtOnce = 48;  // rows whose outputs of a panel stay in the first-level cache
+
+// Call `take(row, outputs of the panel)` for every row; `input(row)` is what the row multiplies.
+template <class Input, class Take>
+void panel_product(const Packed& matrix, int panel, int num_rows, Input input, Take take) {
+    alignas(64) float outputs[kRowsAtOnce * kPanel];
+    const float* inputs[kRowsAtOnce];
+    for (int first = 0; first < num_rows; first += kRowsAtOnce) {
+        const int size = std::min(kRowsAtOnce, num_rows - first);
+        for (int row = 0; row < size; ++row) inputs[row] = input(first + row);
+        matrix.product(panel, inputs, size, outputs);
+        for (int row = 0; row < size; ++row) take(first + row, outputs + row * kPanel);
+    }
+}
+
+inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
+
+// The order of a matrix whose outputs stand as in its source.
+inline std::vector<int> in_order(int size) {
+    std::vector<int> order(size);
+    std::iota(order.begin(), order.end(), 0);
+    return order;
+}
 
 }  // namespace SLIPSTREAM_ISA

@@ -11,7 +11,12 @@ void rms_norm(const float* x, const float* weight, int size, float epsilon, floa
 // Rotate a head in place: (first half, second half) by the angles of `cosines` and `sines` [size].
 void rotate(float* head, const float* cosines, const float* sines, int size);
 
-// out = silu(gate) * up.
+// to += weight * from.
+inline void add_scaled(const float* from, float weight, int size, float* to) {
+    for (int i = 0; i < size; ++i) to[i] += weight * from[i];
+}
+
+// out = silu(gate) * up; size is a multiple of kLanes.
 void silu_product(const float* gate, const float* up, int size, float* out);
 
 // Softmax over the experts' logits, then the K largest, best first, equals by lowest id.

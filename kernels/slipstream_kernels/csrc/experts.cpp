@@ -1,0 +1,102 @@
+#include "experts.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "rows.h"
+
+namespace SLIPSTREAM_ISA {
+namespace {
+
+constexpr int kHalf = kPanel / 2;
+
+// Every panel holds as many gates as ups, so that one task has both of an output; what is beyond `inner` is zero.
+std::vector<int> gates_beside_ups(int inner) {
+    std::vector<int> order(size_t(round_up(inner, kHalf)) * 2);
+    for (int o = 0; o < int(order.size()); ++o) {
+        const int column = o / kPanel * kHalf + o % kHalf;
+        order[o] = column >= inner ? -1 : o % kPanel < kHalf ? column : inner + column;
+    }
+    return order;
+}
+
+}  // namespace
+
+Experts::Experts(int num_experts, int hidden, int inner)
+    : hidden_(hidden),
+      inner_(inner),
+      activated_width_(round_up(inner, kHalf)),
+      out_width_(round_up(hidden, kPanel)),
+      gate_up_(num_experts),
+      down_(num_experts) {}
+
+bool Experts::set_gate_up(int expert, const void* data, SlipstreamType type) {
+    const std::vector<int> order = gates_beside_ups(inner_);
+    return gate_up_[expert].pack(data, type, hidden_, order.data(), int(order.size()));
+}
+
+bool Experts::set_down(int expert, const void* data, SlipstreamType type) {
+    return down_[expert].pack(data, type, inner_, in_order(hidden_).data(), hidden_);
+}
+
+void group_by_expert(const Routing& routing, int num_rows, int num_experts) {
+    const int num_choices = num_rows * routing.num_chosen;
+    int32_t* const starts = routing.starts;
+    std::fill(starts, starts + num_experts + 1, 0);
+    for (int choice = 0; choice < num_choices; ++choice) ++starts[routing.experts[choice] + 1];
+    int num_active = 0;
+    for (int expert = 0; expert < num_experts; ++expert) {
+        if (starts[expert + 1] > 0) routing.active[num_active++] = expert;
+        starts[expert + 1] += starts[expert];
+    }
+    // Counting sort: starts[e] walks through the group of e, and so ends where the group of e + 1 begins.
+    for (int choice = 0; choice < num_choices; ++choice) routing.choices[starts[routing.experts[choice]]++] = choice;
+    for (int expert = num_experts; expert > 0; --expert) starts[expert] = starts[expert - 1];
+    starts[0] = 0;
+    *routing.num_active = num_active;
+}
+
+struct ExpertPass {
+    const Experts& experts;
+    const Routing& routing;
+
+    // One product per active expert with the choices that fell on it; a task is a panel of an expert.
+    template <class Input, class Take>
+    void product(Phases& phases, const std::vector<Packed>& matrices, Input input, Take take) const {
+        const int num_panels = matrices[0].num_panels();
+        phases.run(*routing.num_active * num_panels, [&](int task) {
+            const int expert = routing.active[task / num_panels], panel = task % num_panels;
+            const int first = routing.starts[expert], count = routing.starts[expert + 1] - first;
+            const int32_t* const mine = routing.choices + first;
+            panel_product(
+                matrices[expert], panel, count, [&](int i) { return input(mine[i]); },
+                [&](int i, const float* outputs) { take(mine[i], panel, outputs); });
+        });
+    }
+
+    void run(Phases& phases, const float* rows, float* activated, float* out) const {
+        const auto row_of = [&](int choice) { return rows + size_t(choice / routing.num_chosen) * experts.hidden_; };
+        product(phases, experts.gate_up_, row_of, [&](int choice, int panel, const float* outputs) {
+            float* const to = activated + size_t(choice) * experts.activated_width_ + panel * kHalf;
+            silu_product(outputs, outputs + kHalf, kHalf, to);
+        });
+        const auto activated_of = [&](int choice) { return activated + size_t(choice) * experts.activated_width_; };
+        product(phases, experts.down_, activated_of, [&](int choice, int panel, const float* outputs) {
+            std::copy(outputs, outputs + kPanel, out + size_t(choice) * experts.out_width_ + panel * kPanel);
+        });
+    }
+};
+
+void run_experts(Phases& phases, const Experts& experts, const Routing& routing, const float* rows, float* activated,
+                 float* out) {
+    ExpertPass{experts, routing}.run(phases, rows, activated, out);
+}
+
+void add_experts(const Experts& experts, const Routing& routing, int row, const float* out, float* to) {
+    for (int rank = 0; rank < routing.num_chosen; ++rank) {
+        const size_t choice = size_t(row) * routing.num_chosen + rank;
+        add_scaled(out + choice * experts.out_width(), routing.weights[choice], experts.hidden(), to);
+    }
+}
+
+}  // namespace SLIPSTREAM_ISA

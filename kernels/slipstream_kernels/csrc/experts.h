@@ -1,0 +1,57 @@
+// The MLP of one layer: every row goes through the experts chosen for it, and each expert's weights are read once.
+#pragma once
+
+#include <vector>
+
+#include "matmul.h"
+#include "pool.h"
+
+namespace SLIPSTREAM_ISA {
+
+using slipstream::Phases;
+
+// Gate, up and down of every expert; a dense MLP is one expert.
+class Experts {
+   public:
+    Experts(int num_experts, int hidden, int inner);
+    Experts(Experts&&) = default;
+
+    // Source matrices are row-major: gate and up stacked [2 * inner, hidden], down [hidden, inner].
+    bool set_gate_up(int expert, const void* data, SlipstreamType type);
+    bool set_down(int expert, const void* data, SlipstreamType type);
+
+    int num_experts() const { return int(gate_up_.size()); }
+    int hidden() const { return hidden_; }
+    // Floats per choice of `activated` and of `out` below.
+    int activated_width() const { return activated_width_; }
+    int out_width() const { return out_width_; }
+
+   private:
+    friend struct ExpertPass;
+
+    int hidden_, inner_, activated_width_, out_width_;
+    std::vector<Packed> gate_up_, down_;
+};
+
+// Which experts the rows chose. A choice is row * num_chosen + rank.
+struct Routing {
+    int num_chosen;
+    int32_t* experts;     // [T, K], best first
+    float* weights;       // [T, K]
+    int32_t* starts;      // [E + 1]: where an expert's choices begin in `choices`
+    int32_t* choices;     // [T * K], by expert, then ascending
+    int32_t* active;      // [E]: experts that were chosen, ascending
+    int32_t* num_active;  // [1]
+};
+
+// Fill starts, choices, active and num_active from `experts`.
+void group_by_expert(const Routing& routing, int num_rows, int num_experts);
+
+// Two phases: activated[choice] = silu(gate) * up of its row, then out[choice] = down * activated[choice].
+void run_experts(Phases& phases, const Experts& experts, const Routing& routing, const float* rows, float* activated,
+                 float* out);
+
+// to[0..hidden) += weight * out of every choice of a row, best expert first: the order of the sum belongs to the row.
+void add_experts(const Experts& experts, const Routing& routing, int row, const float* out, float* to);
+
+}  // namespace SLIPSTREAM_ISA

@@ -1,0 +1,181 @@
+#include <algorithm>
+
+#include "decoder.h"
+#include "rows.h"
+
+namespace SLIPSTREAM_ISA {
+
+// One pass. The steps of a layer, each a phase whose tasks the threads share:
+//
+//   norm -> queries, keys, values -> rotate and write to the cache -> attend -> attention out
+//        -> add, norm and route -> gate and up -> down -> (next layer) add and norm ...
+struct ForwardPass {
+    Decoder& decoder;
+    const SlipstreamPlan& plan;
+    float* logits;
+    int32_t* experts_out;
+
+    const SlipstreamSizes& sizes = decoder.sizes_;
+    Scratch& scratch = decoder.scratch_;
+    int num_rows = plan.num_rows;
+    int num_chosen = decoder.experts_per_token_;
+
+    void walk(Phases& phases) {
+        phases.run(num_rows, [&](int row) {
+            embed(row);
+            norm_into(row, decoder.layers_[0]->attention_norm);
+        });
+        for (int index = 0; index < sizes.layers; ++index) layer(phases, index);
+        head(phases);
+    }
+
+    void layer(Phases& phases, int index) {
+        const Layer& layer = *decoder.layers_[index];
+        const Routing routes = routing(index);
+        const bool is_last = index + 1 == sizes.layers;
+        product(phases, layer.qkv, scratch.normed.get(), sizes.hidden, scratch.qkv.get(), decoder.qkv_width_);
+        phases.run(num_rows, [&](int row) { rotate_and_write(layer, index, row); });
+        const int groups = num_rows < 8 ? sizes.heads : 1;  // few rows: every head is a task
+        phases.run(num_rows * groups, [&](int task) {
+            const int heads = sizes.heads / groups, first = task % groups * heads;
+            for (int head = first; head < first + heads; ++head) attend_head(phases.thread(), index, task / groups, head);
+        });
+        product(phases, layer.attention_out, scratch.attended.get(), sizes.heads * sizes.head_dim, scratch.delta.get(),
+                decoder.delta_width_);
+        phases.run(
+            num_rows,
+            [&](int row) {
+                add_scaled(scratch.delta.get() + size_t(row) * decoder.delta_width_, 1.0f, sizes.hidden, x(row));
+                norm_into(row, layer.mlp_norm);
+                choose_experts(layer, index, row);
+            },
+            [&] { group_by_expert(routes, num_rows, decoder.num_experts_); });
+        run_experts(phases, layer.mlp, routes, scratch.normed.get(), scratch.activated.get(), scratch.expert_out.get());
+        phases.run(num_rows, [&](int row) {
+            add_experts(layer.mlp, routes, row, scratch.expert_out.get(), x(row));
+            norm_into(row, is_last ? decoder.final_norm_ : decoder.layers_[index + 1]->attention_norm);
+        });
+    }
+
+    float* x(int row) { return scratch.x.get() + size_t(row) * sizes.hidden; }
+    float* normed(int row) { return scratch.normed.get() + size_t(row) * sizes.hidden; }
+
+    void embed(int row) {
+        const size_t first = size_t(plan.ids[row]) * sizes.hidden;
+        float* const to = x(row);
+        for (int i = 0; i < sizes.hidden; ++i) {
+            to[i] = decoder.embedding_type_ == kBf16
+                        ? bf16_to_float(static_cast<const uint16_t*>(decoder.embedding_)[first + i])
+                        : static_cast<const float*>(decoder.embedding_)[first + i];
+        }
+    }
+
+    void norm_into(int row, const std::vector<float>& weight) {
+        rms_norm(x(row), weight.data(), sizes.hidden, sizes.norm_eps, normed(row));
+    }
+
+    // out[row] = matrix * in[row] for all rows; a task is a panel of outputs.
+    void product(Phases& phases, const Packed& matrix, const float* in, int in_stride, float* out, int out_stride) {
+        phases.run(matrix.num_panels(), [&](int panel) {
+            const int width = std::min(kPanel, out_stride - panel * kPanel);
+            const auto input = [&](int row) { return in + size_t(row) * in_stride; };
+            panel_product(matrix, panel, num_rows, input, [&](int row, const float* outputs) {
+                std::copy(outputs, outputs + width, out + size_t(row) * out_stride + panel * kPanel);
+            });
+        });
+    }
+
+    void rotate_and_write(const Layer& layer, int index, int row) {
+        const int size = sizes.head_dim, num_queries = sizes.heads, num_keys = sizes.kv_heads;
+        float* const queries = scratch.qkv.get() + size_t(row) * decoder.qkv_width_;
+        float* const keys = queries + num_queries * size;
+        normalize(queries, num_queries, layer.query_norm);
+        normalize(keys, num_keys, layer.key_norm);
+        const size_t angle = size_t(plan.positions[row]) * size;
+        for (int head = 0; head < num_queries + num_keys; ++head) {
+            rotate(queries + head * size, decoder.cosines_ + angle, decoder.sines_ + angle, size);
+        }
+        for (int head = 0; head < num_keys; ++head) {
+            write(index, row, head, keys + head * size, keys + (num_keys + head) * size);
+        }
+    }
+
+    void normalize(float* heads, int count, const std::vector<float>& weight) {
+        if (sizes.qk_norm == kWhole) rms_norm(heads, weight.data(), count * sizes.head_dim, sizes.norm_eps, heads);
+        if (sizes.qk_norm != kPerHead) return;
+        for (int head = 0; head < count; ++head) {
+            float* const one = heads + head * sizes.head_dim;
+            rms_norm(one, weight.data(), sizes.head_dim, sizes.norm_eps, one);
+        }
+    }
+
+    const int32_t* table(int row) { return plan.block_tables + size_t(plan.sequences[row]) * plan.table_width; }
+
+    void write(int index, int row, int head, const float* key, const float* value) {
+        const int size = sizes.head_dim, slot = plan.node_slots[row];
+        if (slot >= 0) {
+            std::copy(key, key + size, decoder.node_keys(index, head, slot));
+            std::copy(value, value + size, decoder.node_values(index, head, slot));
+            return;
+        }
+        const int position = plan.positions[row], block = table(row)[position / kBlock], offset = position % kBlock;
+        float* const keys = decoder.block_keys(index, head, block);
+        for (int i = 0; i < size; ++i) keys[i * kBlock + offset] = key[i];
+        std::copy(value, value + size, decoder.block_values(index, head, block) + offset * size);
+    }
+
+    void attend_head(int thread, int index, int row, int head) {
+        const int first = plan.ancestor_starts[row], size = sizes.head_dim;
+        const Query query{scratch.qkv.get() + size_t(row) * decoder.qkv_width_ + head * size, table(row),
+                          plan.ancestors + first, plan.num_committed[row], plan.ancestor_starts[row + 1] - first};
+        attend(decoder.head_cache(index, head * sizes.kv_heads / sizes.heads), query, size,
+               scratch.scores[thread].get(), scratch.attended.get() + (size_t(row) * sizes.heads + head) * size);
+    }
+
+    // This layer's part of the routing buffers, see Scratch.
+    Routing routing(int index) {
+        const size_t choices = size_t(sizes.max_rows) * num_chosen;
+        return {num_chosen,
+                scratch.experts.data() + index * choices,
+                scratch.expert_weights.get() + index * choices,
+                scratch.group_starts.data() + index * (decoder.num_experts_ + 1),
+                scratch.group_choices.data() + index * choices,
+                scratch.active.data() + index * decoder.num_experts_,
+                scratch.num_active.data() + index};
+    }
+
+    void choose_experts(const Layer& layer, int index, int row) {
+        const Routing routes = routing(index);
+        int32_t* const experts = routes.experts + row * num_chosen;
+        float* const weights = routes.weights + row * num_chosen;
+        if (sizes.experts == 0) {
+            experts[0] = 0;
+            weights[0] = 1;
+            return;
+        }
+        route(normed(row), layer.router.data(), sizes.hidden, sizes.experts, num_chosen,
+              sizes.normalizes_expert_weights != 0, experts, weights);
+        if (experts_out == nullptr) return;
+        std::copy(experts, experts + num_chosen, experts_out + (size_t(row) * sizes.layers + index) * num_chosen);
+    }
+
+    void head(Phases& phases) {
+        const auto input = [&](int row) { return normed(plan.logit_rows[row]); };
+        phases.run(decoder.head_.num_panels(), [&](int panel) {
+            const int first = panel * kPanel, width = std::min(kPanel, sizes.vocab - first);
+            panel_product(decoder.head_, panel, plan.num_logit_rows, input, [&](int row, const float* outputs) {
+                std::copy(outputs, outputs + width, logits + size_t(row) * sizes.vocab + first);
+            });
+        });
+    }
+};
+
+void Decoder::forward(const SlipstreamPlan& plan, float* logits, int32_t* experts) {
+    while (int(scratch_.scores.size()) < slipstream::num_threads()) {
+        scratch_.scores.emplace_back(new float[round_up(sizes_.num_positions, kBlock) + kBlock]);
+    }
+    ForwardPass pass{*this, plan, logits, experts};
+    slipstream::run_pass([](void* context, Phases& phases) { static_cast<ForwardPass*>(context)->walk(phases); }, &pass);
+}
+
+}  // namespace SLIPSTREAM_ISA
