@@ -89,6 +89,13 @@ def _start_ray(serving: ServingConfig, run_dir: Path) -> None:
         _node_ip_address=_NODE,
         logging_level=logging.WARNING,
     )
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    if serving.device == "cuda" and num_gpus < serving.num_replicas:
+        # Serve would wait for the missing devices, without a word and without end.
+        raise ConfigError(
+            f"serving.device is 'cuda' with serving.num_replicas = {serving.num_replicas}; Ray sees {num_gpus} GPUs "
+            "here, expected one for each replica: lower the number, or set serving.device to 'cpu'"
+        )
 
 
 def _deploy(serving: ServingConfig, directory: Path) -> None:

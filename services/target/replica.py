@@ -64,6 +64,7 @@ class Replica:
             observe=self._observer.offer if self._observer else _forget,
             metrics=self._metrics,
             token_bytes=prompt_text.token_bytes.__getitem__,
+            device=settings.config.serving.device,
         )
         self._runner = EngineRunner(engine)
         self._follower = self._pointer_follower(settings, digest)
