@@ -117,7 +117,10 @@ def test_streamed_choices_are_the_whole_ones_in_parts(served: Served) -> None:
         assert "".join(part.text for part in parts) == choice.text
         assert parts[-1].finish_reason == choice.finish_reason
         reported = [part.logprobs.token_logprobs for part in parts if part.logprobs]
-        assert [value for values in reported for value in values] == choice.logprobs.token_logprobs
+        # Bitwise with own kernels, but these tests also run without a compiler.
+        assert [value for values in reported for value in values] == pytest.approx(
+            choice.logprobs.token_logprobs, abs=1e-4
+        )
 
 
 def test_the_events_of_choices_interleave(served: Served) -> None:
@@ -178,7 +181,7 @@ SHAPINGS: list[dict[str, Any]] = [
     {"frequency_penalty": 2.0},
     {"repetition_penalty": 2.0},
     {"min_p": 0.9},
-    {"logit_bias": {str(PROMPT_TEXT.encode_raw(" FROM")[0]): -100}},
+    {"logit_bias": {str(PROMPT_TEXT.encode_raw("def")[0]): -100}},
 ]
 
 
