@@ -1,0 +1,77 @@
+"""The ops of `slipstream_kernels.ops` in plain torch: what they mean, without the order of sums they promise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_BLOCK = 16
+
+
+def matrix_product(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+    """x @ weight^T, fp32 [T, O]."""
+    return functional.linear(x_TD.float(), weight_OD.float())
+
+
+def expert_mlp(
+    x_TD: Tensor, experts: tuple[Sequence[Tensor], Sequence[Tensor]], expert_ids_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """Weighted sum [T, D] of down(silu(gate(x)) * up(x)) over each row's K experts; `experts` is (gate_up, down)."""
+    gate_up, down = experts
+    out_TD = torch.zeros(len(x_TD), len(down[0]))
+    for row, (ids, weights) in enumerate(zip(expert_ids_TK.tolist(), weights_TK.tolist(), strict=True)):
+        for expert, weight in zip(ids, weights, strict=True):
+            gate, up = matrix_product(x_TD[row], gate_up[expert]).chunk(2)
+            out_TD[row] += weight * matrix_product(functional.silu(gate) * up, down[expert])
+    return out_TD
+
+
+def tree_attention(
+    query_Td: Tensor,
+    block_keys: Tensor,
+    block_values: Tensor,
+    node_keys: Tensor,
+    node_values: Tensor,
+    *,
+    block_tables_TC: Tensor,
+    num_committed_T: Tensor,
+    ancestors: Sequence[Sequence[int]],
+) -> Tensor:
+    """Attention [T, d] of one head over committed positions in blocks and each query's ancestors; layouts as in ops."""
+    rows = []
+    for row, (query_d, committed) in enumerate(zip(query_Td, num_committed_T.tolist(), strict=True)):
+        blocks = block_tables_TC[row, : -(-committed // _BLOCK)].long()
+        slots = torch.tensor(ancestors[row], dtype=torch.long)
+        keys = torch.cat([block_keys[blocks].transpose(1, 2).flatten(0, 1)[:committed], node_keys[slots]])
+        values = torch.cat([block_values[blocks].flatten(0, 1)[:committed], node_values[slots]])
+        rows.append((keys @ query_d * len(query_d) ** -0.5).softmax(0) @ values)
+    return torch.stack(rows)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, *, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight, fp32 [T, D]."""
+    return x_TD * torch.rsqrt(x_TD.pow(2).mean(-1, keepdim=True) + epsilon) * weight_D
+
+
+def rotate(heads_Hd: Tensor, cosines_d: Tensor, sines_d: Tensor) -> Tensor:
+    """Rotary embedding [H, d]: (first half, second half) of every head turned by the angles of one position."""
+    first, second = heads_Hd.chunk(2, dim=-1)
+    return heads_Hd * cosines_d + torch.cat([-second, first], dim=-1) * sines_d
+
+
+def route(x_TD: Tensor, router_ED: Tensor, num_chosen: int, *, normalizes: bool) -> tuple[Tensor, Tensor]:
+    """Expert ids int32 [T, K], best first, equals by lowest id, and their softmax weights fp32 [T, K]."""
+    probs_TE = matrix_product(x_TD, router_ED).softmax(-1)
+    ordered, ids = probs_TE.sort(dim=-1, descending=True, stable=True)
+    weights_TK = ordered[:, :num_chosen]
+    if normalizes:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return ids[:, :num_chosen].int(), weights_TK
+
+
+def exp(x: Tensor) -> Tensor:
+    """e^x, fp32, elementwise."""
+    return x.exp()

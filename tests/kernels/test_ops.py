@@ -1,0 +1,140 @@
+"""Every op agrees with plain torch on odd shapes, and gives a row the same bits whatever else is computed with it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from slipstream_kernels import ops, reference, set_num_threads
+
+ROWS = (1, 2, 3, 5, 6, 7, 9, 13, 33, 50)
+DTYPES = (torch.float32, torch.bfloat16)
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("outputs", "inner"), [(1, 2), (7, 16), (64, 64), (65, 34), (130, 172), (384, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_is_the_sum_over_the_inner_dimension(outputs: int, inner: int, dtype: torch.dtype) -> None:
+    weight = random(outputs, inner, seed=1).to(dtype)
+    packed = ops.PackedMatrix(weight)
+    for num_rows in ROWS:
+        x = random(num_rows, inner, seed=num_rows)
+        exact = x.double() @ weight.double().T
+        bound = 1e-6 * (x.double().abs() @ weight.double().abs().T)
+        assert ((ops.matrix_product(x, packed) - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_products_row_is_the_same_bits_among_any_rows_and_threads(dtype: torch.dtype) -> None:
+    packed = ops.PackedMatrix(random(200, 172, seed=1).to(dtype))
+    x = random(50, 172, seed=2)
+    alone = torch.cat([ops.matrix_product(x[row : row + 1], packed) for row in range(50)])
+    for num_rows, num_threads in itertools.product(ROWS, (1, 2, 3)):
+        set_num_threads(num_threads)
+        assert torch.equal(ops.matrix_product(x[:num_rows], packed), alone[:num_rows])
+        assert torch.equal(ops.matrix_product(x[-num_rows:].flip(0), packed).flip(0), alone[-num_rows:])
+
+
+def test_bf16_and_fp32_weights_of_equal_value_give_equal_bits() -> None:
+    weight = random(70, 64).bfloat16()
+    x = random(9, 64, seed=1)
+    both = [ops.matrix_product(x, ops.PackedMatrix(matrix)) for matrix in (weight, weight.float())]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize(("hidden", "inner", "experts", "chosen"), [(32, 48, 4, 2), (72, 37, 5, 3), (64, 172, 1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_agree_with_torch_and_a_rows_bits_are_its_own(
+    hidden: int, inner: int, experts: int, chosen: int, dtype: torch.dtype
+) -> None:
+    gate_up = [random(2 * inner, hidden, seed=e).to(dtype) / 8 for e in range(experts)]
+    down = [random(hidden, inner, seed=100 + e).to(dtype) / 8 for e in range(experts)]
+    packed = ops.PackedExperts(gate_up, down)
+    x = random(23, hidden, seed=7)
+    ids, weights = ops.route(x, random(experts, hidden, seed=8), chosen, normalizes=True)
+    mixed = ops.expert_mlp(x, packed, ids, weights)
+    torch.testing.assert_close(mixed, reference.expert_mlp(x, (gate_up, down), ids, weights), rtol=1e-4, atol=1e-4)
+    for first, last in [(0, 1), (3, 10), (22, 23)]:
+        part = slice(first, last)
+        assert torch.equal(ops.expert_mlp(x[part], packed, ids[part], weights[part]), mixed[part])
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 64, 80, 128])
+def test_attention_reads_blocks_then_ancestors(size: int) -> None:
+    keys, values, nodes = random(9, size, 16), random(9, 16, size, seed=1), random(2, 6, size, seed=2)
+    committed = torch.tensor([1, 15, 16, 17, 70, 95, 96, 33, 0])
+    ancestors = [[], [2], [0, 1, 2, 3, 4, 5], [5], [], [3, 1], [], [4, 0, 2, 1, 3], [2, 5]]
+    tables = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(row))[:6] for row in range(9)])
+    cache = (keys, values, nodes[0].contiguous(), nodes[1].contiguous())
+    query = random(9, size, seed=3)
+    places = {"block_tables_TC": tables, "num_committed_T": committed, "ancestors": ancestors}
+    got = ops.tree_attention(query, *cache, **places)
+    torch.testing.assert_close(got, reference.tree_attention(query, *cache, **places), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 20, 64])
+def test_attention_gives_the_same_bits_wherever_a_key_lies(size: int) -> None:
+    """Forty positions, the last ones once in blocks and once, one after the other, in node slots."""
+    keys, values = random(40, size), random(40, size, seed=1)
+    padded = torch.nn.functional.pad(torch.stack([keys, values]), (0, 0, 0, 8), value=float("nan"))
+    block_keys = padded[0].view(3, 16, size).transpose(1, 2).contiguous()
+    block_values = padded[1].view(3, 16, size).contiguous()
+    query = random(1, size, seed=2)
+    outputs = []
+    for num_nodes in (0, 1, 3, 5, 8, 9, 24, 25, 40):
+        committed = 40 - num_nodes
+        slots = list(range(num_nodes - 1, -1, -1))  # slots in another order than positions
+        nodes = [torch.cat([tensor[committed:].flip(0), torch.zeros(1, size)]) for tensor in (keys, values)]
+        tables, count = torch.tensor([[0, 1, 2]]), torch.tensor([committed])
+        outputs.append(
+            ops.tree_attention(
+                query,
+                block_keys,
+                block_values,
+                *nodes,
+                block_tables_TC=tables,
+                num_committed_T=count,
+                ancestors=[slots],
+            )
+        )
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert torch.isfinite(outputs[0]).all()
+
+
+@pytest.mark.parametrize("size", [6, 16, 37, 256])
+def test_norm_and_rotation_agree_with_torch(size: int) -> None:
+    x, weight = random(5, size), random(size, seed=1)
+    torch.testing.assert_close(ops.rms_norm(x, weight, epsilon=1e-6), reference.rms_norm(x, weight, epsilon=1e-6))
+    even = size // 2 * 2
+    angles = random(even // 2, seed=2).repeat(2)
+    heads = x[:, :even].contiguous()
+    turned = ops.rotate(heads, angles.cos(), angles.sin())
+    torch.testing.assert_close(turned, reference.rotate(heads, angles.cos(), angles.sin()))
+
+
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_routing_takes_the_best_experts_and_the_lowest_id_of_equals(normalizes: bool) -> None:
+    router = random(8, 20)
+    router[5] = router[2]  # equal logits for every row
+    x = random(40, 20, seed=1)
+    ids, weights = ops.route(x, router, 3, normalizes=normalizes)
+    expected_ids, expected_weights = reference.route(x, router, 3, normalizes=normalizes)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
+    has_both = ((ids == 2).any(1) & (ids == 5).any(1)).nonzero()
+    assert len(has_both) > 5
+    assert not ((ids == 5).any(1) & ~(ids == 2).any(1)).any()
+
+
+def test_exp_is_within_two_ten_millionths_and_zero_for_minus_infinity() -> None:
+    x = torch.cat([torch.linspace(-87, 88, 20_001), torch.tensor([0.0, -0.0, 1e-30])])
+    relative = (ops.exp(x).double() / x.double().exp() - 1).abs()
+    assert relative.max() < 2e-7
+    assert ops.exp(torch.tensor([-float("inf"), -100.0, -87.5])).tolist() == [0, 0, 0]
