@@ -96,7 +96,8 @@ def _tensors(config: ModelConfig, read: Callable[[str], Tensor]) -> Iterator[tup
     yield "output_norm.weight", read("model.norm.weight")
     if not config.ties_embeddings:
         yield "output.weight", read("lm_head.weight")
-    names = _LAYER_NAMES if config.has_qk_norm else {k: v for k, v in _LAYER_NAMES.items() if "_norm" not in k[-6:]}
+    has_norms = config.qk_norm != "none"
+    names = _LAYER_NAMES if has_norms else {k: v for k, v in _LAYER_NAMES.items() if "_norm" not in k[-6:]}
     if not config.num_experts:
         names = names | _DENSE_NAMES
     for layer in range(config.num_layers):

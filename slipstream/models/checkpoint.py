@@ -72,7 +72,7 @@ def checkpoint_digest(config: ModelConfig, weights: Mapping[str, Tensor]) -> str
     for name in sorted(weights):
         tensor = weights[name].detach().float().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy())
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ these or it is refused. Source: the configuration and modelling files of the fiv
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,11 +101,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         return _QK_NORMS.get(self.family, "none")
 
-    @property
-    def has_qk_norm(self) -> bool:
-        """Whether queries and keys are normalised before rotation."""
-        return self.qk_norm != "none"
-
 
 def read_config(path: Path) -> ModelConfig:
     """The architecture in this `config.json`.
@@ -126,7 +122,7 @@ def read_config(path: Path) -> ModelConfig:
         _check_sizes(config)
     except KeyError as error:
         raise CheckpointError(f"{path}: field {error} is missing") from error
-    except (TypeError, ValueError, msgspec.ValidationError) as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return config
 
@@ -135,33 +131,31 @@ def _from_hugging_face(fields: dict[str, Any]) -> ModelConfig:
     family = _family(fields)
     _check_neutral(fields, family)
     fields = _ABSENT.get(family, {}) | fields
-    num_heads = fields["num_attention_heads"]
-    return msgspec.convert(
-        {
-            "family": family,
-            "vocab_size": fields["vocab_size"],
-            "hidden_size": fields["hidden_size"],
-            "intermediate_size": fields["moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"],
-            "num_layers": fields["num_hidden_layers"],
-            "num_heads": num_heads,
-            "num_kv_heads": _or_else(fields.get("num_key_value_heads"), num_heads),
-            "head_dim": _or_else(fields.get("head_dim"), _shared_out(fields["hidden_size"], num_heads)),
-            "max_position_embeddings": fields["max_position_embeddings"],
-            "rms_norm_eps": float(fields["rms_norm_eps"]),
-            "rope_theta": _rope_theta(fields, family),
-            "ties_embeddings": fields.get("tie_word_embeddings", False),
-            "eos_token_ids": _as_ids(fields.get("eos_token_id")),
-        }
-        | (_expert_fields(fields, family) if family in _MOE_FAMILIES else {}),
-        ModelConfig,
+    hidden_size, num_heads = _size(fields, "hidden_size"), _size(fields, "num_attention_heads")
+    experts = _expert_fields(fields, family) if family in _MOE_FAMILIES else {}
+    return ModelConfig(
+        family=family,
+        vocab_size=_size(fields, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_size(fields, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
+        num_layers=_size(fields, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=_size({"num_key_value_heads": num_heads} | _given(fields), "num_key_value_heads"),
+        head_dim=_size({"head_dim": hidden_size / num_heads} | _given(fields), "head_dim"),
+        max_position_embeddings=_size(fields, "max_position_embeddings"),
+        rms_norm_eps=_positive("rms_norm_eps", fields["rms_norm_eps"]),
+        rope_theta=_rope_theta(fields, family),
+        ties_embeddings=_claim(fields, "tie_word_embeddings"),
+        eos_token_ids=_as_ids(fields.get("eos_token_id")),
+        **experts,
     )
 
 
 def _family(fields: dict[str, Any]) -> Family:
     architectures = fields.get("architectures")
-    family = _ARCHITECTURES.get(architectures[0]) if isinstance(architectures, list) and architectures else None
-    if family is None:
-        raise ValueError(f"architectures is {architectures!r}, supported are {sorted(_ARCHITECTURES)}")
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in _ARCHITECTURES:
+        raise ValueError(f"architectures is {architectures!r}, supported is one of {sorted(_ARCHITECTURES)}")
+    family = _ARCHITECTURES[architectures[0]]
     if fields.get("model_type", family) != family:
         raise ValueError(f"model_type is {fields['model_type']!r}, {architectures[0]} has {family!r}")
     return family
@@ -178,7 +172,7 @@ def _check_neutral(fields: dict[str, Any], family: Family) -> None:
 
 def _rope_theta(fields: dict[str, Any], family: Family) -> float:
     """The base of the rotary embedding, wherever it stands; ValueError for one that is scaled, or for two values."""
-    thetas = {float(fields["rope_theta"])} if fields.get("rope_theta") is not None else set()
+    thetas = {_positive("rope_theta", fields["rope_theta"])} if fields.get("rope_theta") is not None else set()
     for name in ("rope_parameters", "rope_scaling"):
         rope = fields.get(name) or {}
         if not isinstance(rope, dict) or not rope.keys() <= _ROPE_FIELDS:
@@ -186,36 +180,35 @@ def _rope_theta(fields: dict[str, Any], family: Family) -> float:
         for kind in ("rope_type", "type"):
             _check_one_of(f"{name}.{kind}", rope.get(kind, "default"), ("default",))
         _check_one_of(f"{name}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0, None))
-        thetas |= {float(rope["rope_theta"])} if rope.get("rope_theta") is not None else set()
+        thetas |= {_positive(f"{name}.rope_theta", rope["rope_theta"])} if rope.get("rope_theta") is not None else set()
     if len(thetas) > 1:
         raise ValueError(f"rope_theta is given as {sorted(thetas)}, expected one value")
     return thetas.pop() if thetas else _ABSENT_ROPE_THETA.get(family, 10_000.0)
 
 
 def _expert_fields(fields: dict[str, Any], family: Family) -> dict[str, Any]:
-    counts = [fields[name] for name in ("num_experts", "num_local_experts") if fields.get(name) is not None]
-    if not counts:
+    names = [name for name in ("num_experts", "num_local_experts") if fields.get(name) is not None]
+    if not names:
         raise KeyError("num_local_experts" if family == "mixtral" else "num_experts")
-    if len(set(counts)) > 1:
-        raise ValueError(f"num_experts is {counts[0]}, num_local_experts is {counts[1]}; expected one number")
+    if len(names) == 2 and fields[names[0]] != fields[names[1]]:
+        raise ValueError(f"num_experts is {fields[names[0]]!r}, num_local_experts is {fields[names[1]]!r}; which one?")
     return {
-        "num_experts": counts[0],
-        "experts_per_token": fields["num_experts_per_tok"],
-        "normalizes_expert_weights": True if family == "mixtral" else fields.get("norm_topk_prob", False),
+        "num_experts": _size(fields, names[0]),
+        "experts_per_token": _size(fields, "num_experts_per_tok"),
+        "normalizes_expert_weights": family == "mixtral" or _claim(fields, "norm_topk_prob"),
     }
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"]
-    sizes += ["max_position_embeddings", "rms_norm_eps", "rope_theta"]
-    for name in sizes:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected more than 0")
+    """Sizes that have to fit each other; ValueError for those that do not."""
     if config.head_dim % 2:
         raise ValueError(f"head_dim is {config.head_dim}, only even ones are supported (rotation pairs up components)")
     if config.num_heads % config.num_kv_heads:
-        raise ValueError(f"num_attention_heads is {config.num_heads}, no multiple of {config.num_kv_heads} kv heads")
-    if config.family in _MOE_FAMILIES and not 1 <= config.experts_per_token <= config.num_experts:
+        raise ValueError(
+            f"num_key_value_heads is {config.num_kv_heads}, expected a divisor of num_attention_heads, "
+            f"which is {config.num_heads}"
+        )
+    if config.experts_per_token > config.num_experts:
         raise ValueError(f"num_experts_per_tok is {config.experts_per_token}, expected 1 to {config.num_experts}")
     if config.qk_norm == "whole" and config.num_heads * config.head_dim != config.hidden_size:
         raise ValueError(f"head_dim is {config.head_dim}, expected hidden_size / num_attention_heads")
@@ -252,7 +245,7 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
 def _moe_fields(config: ModelConfig) -> dict[str, Any]:
     if not config.num_experts:
         return {}
-    counts = {"num_experts_per_tok": config.experts_per_token}
+    counts: dict[str, Any] = {"num_experts_per_tok": config.experts_per_token}
     if config.family == "mixtral":
         return counts | {"num_local_experts": config.num_experts}
     fields = counts | {"num_experts": config.num_experts, "norm_topk_prob": config.normalizes_expert_weights}
@@ -267,16 +260,32 @@ def _check_one_of(name: str, value: Any, supported: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}, only {supported[0]!r} is supported")
 
 
-def _or_else(value: int | None, default: int | None) -> int | None:
-    return default if value is None else value
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _shared_out(hidden_size: int, num_heads: int) -> int | None:
-    """Hidden size per head, None if the heads do not share it evenly: then config.json has to say `head_dim`."""
-    return None if num_heads < 1 or hidden_size % num_heads else hidden_size // num_heads
+def _size(fields: dict[str, Any], name: str) -> int:
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0 or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a whole number above 0")
+    return int(value)
 
 
-def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}, expected a number above 0")
+    return float(value)
+
+
+def _claim(fields: dict[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected true or false")
+    return value
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+        raise ValueError(f"eos_token_id is {value!r}, expected a token id, a list of them, or null")
+    return tuple(ids)
