@@ -12,10 +12,10 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.peers.protocol import is_installed
-from benchmarks.reference.widen import widened
+from benchmarks.reference.widen import num_weights, widened
 from deploy.local.queries import builtin_streams
 from slipstream.models.checkpoint import load_checkpoint, save_checkpoint
-from slipstream.models.config import ModelConfig
+from slipstream.models.config import ModelConfig, read_config
 
 if is_installed("gguf"):
     from benchmarks.peers.gguf_file import write_gguf
@@ -70,21 +70,23 @@ def source_directory(size: Size) -> Path | None:
 def prepare(size: Size, source: Path, cache: Path) -> Prepared:
     """Widen and convert into `cache` (what lies there already is taken), and encode the text."""
     directory = cache / f"{size.source}-x{size.times}"
-    narrow = load_checkpoint(source)
-    if not (directory / "model.safetensors").exists():
-        wide = widened(narrow, size.times)
-        save_checkpoint(directory, wide.config, wide.weights, dtype=torch.bfloat16)
+    if not directory.exists():
+        wide = widened(load_checkpoint(source), size.times)
+        scratch = cache / f"{directory.name}.part"
+        save_checkpoint(scratch, wide.config, wide.weights, dtype=torch.bfloat16)
+        scratch.rename(directory)
     gguf = directory / "model.gguf"
     if not gguf.exists() and is_installed("gguf"):
-        write_gguf(directory, gguf)
-    checkpoint = load_checkpoint(directory)
+        write_gguf(directory, gguf.with_suffix(".part"))
+        gguf.with_suffix(".part").rename(gguf)
+    config = read_config(directory / "config.json")
     return Prepared(
         size=size,
-        config=checkpoint.config,
+        config=config,
         directory=directory,
         gguf=gguf if gguf.exists() else None,
-        num_parameters=sum(tensor.numel() for tensor in checkpoint.weights.values()),
-        text_ids=text_ids(source, num_tokens=narrow.config.max_position_embeddings),
+        num_parameters=num_weights(config),
+        text_ids=text_ids(source, num_tokens=config.max_position_embeddings),
     )
 
 
