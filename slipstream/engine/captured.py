@@ -45,7 +45,8 @@ class GraphCapture:
 
     def __init__(self, compute: Compute, buffer: Tensor, shape: StepShape, *, pool: tuple[int, int]) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Another thread may load a draft meanwhile: what it allocates must not end the capture.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs: Outputs = compute(buffer, shape)
 
     def replay(self) -> None:

@@ -27,13 +27,12 @@ def open_decoder(
     in fp32 by torch where those cannot be built, which is logged once. On "cuda" or "cuda:N", weights and cache are
     bf16. Raises ConfigError for another device or one that is not there.
     """
+    check_device(device)
     if device == "cpu" and slipstream_kernels.is_available():
         weights = arrange(checkpoint.config, checkpoint.weights, dtype=None)
         return NativeDecoder(weights, num_blocks=num_blocks, num_node_slots=num_node_slots, max_rows=max_rows)
     if device == "cpu":
         _warn_of_torch(slipstream_kernels.why_unavailable())
-    else:
-        _check_cuda(device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return TorchDecoder(
         arrange(checkpoint.config, checkpoint.weights, dtype=None),
@@ -45,17 +44,10 @@ def open_decoder(
     )
 
 
-@functools.cache
-def _warn_of_torch(reason: str) -> None:
-    """Once per process: a replica opens decoders at every swap."""
-    _log.warning(
-        "no CPU kernels (%s): decoding with torch, several times slower, and tokens may differ between batches and "
-        "with speculation where two are almost equally likely; install g++ or clang++ and start again",
-        reason,
-    )
-
-
-def _check_cuda(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise ConfigError unless `device` is "cpu", or a CUDA device that torch can use here."""
+    if device == "cpu":
+        return
     kind, _, index = device.partition(":")
     if kind != "cuda" or (index and not index.isdigit()):
         raise ConfigError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N'")
@@ -64,3 +56,13 @@ def _check_cuda(device: str) -> None:
             f"device is {device!r}, this machine has {torch.cuda.device_count()} CUDA devices that torch can use; "
             "set serving.device to 'cpu', or install a torch build with CUDA and the driver"
         )
+
+
+@functools.cache
+def _warn_of_torch(reason: str) -> None:
+    """Once per process: a replica opens decoders at every swap."""
+    _log.warning(
+        "no CPU kernels (%s): decoding with torch, several times slower, and tokens may differ between batches and "
+        "with speculation where two are almost equally likely; install g++ or clang++ and start again",
+        reason,
+    )
