@@ -7,7 +7,7 @@ to the lowest id.
     top-k   keeps logits not below the k-th largest; equals at the border are all kept
     top-p   keeps the fewest most likely tokens whose probability reaches `top_p`, at least one; ties by lowest id.
             Probabilities are compared and summed in units of 2**-42 of the largest one
-    min-p   keeps tokens whose probability is at least `min_p` times the largest
+    min-p   keeps tokens whose probability, in the same units, is at least `min_p` times the largest
 
 A NaN logit counts as -inf. Tokens that equal the largest logit have x = 0 even if that is an infinity: a row without
 any finite logit is a row of equals. So the choice is a token of the vocabulary whatever the logits hold.
@@ -15,8 +15,11 @@ any finite logit is a row of equals. So the choice is a token of the vocabulary 
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream_kernels.isa import function, instruction_set, is_available
 from slipstream_kernels.noise import WEIGHT_BITS, fixed_log, fixed_weights, gumbel_noise
 
 ROW = np.dtype(
@@ -45,6 +49,13 @@ SampleRows = NDArray[np.void]
 
 _ROW = struct.Struct("<qdddiiii")
 
+_ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = {
+    "choose": (_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS, _ADDRESS),
+    "top_logprobs": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _ADDRESS),
+    "gumbel_noise": (_ADDRESS, _COUNT, _ADDRESS),
+}
+
 
 def row_bytes(
     *,
@@ -58,8 +69,11 @@ def row_bytes(
 ) -> bytes:
     """A ROW at position 0, for `sample_rows`; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 filter nothing.
 
-    `seed` in [0, 2**63), `sample_index` and `redraw` in [0, 2**31).
+    `seed` in [0, 2**63), `sample_index` and `redraw` in [0, 2**31). Raises ValueError for another temperature than a
+    finite one from 0 up: anything else gives no distribution.
     """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; expected a finite number from 0 up")
     return _ROW.pack(seed, temperature, top_p, min_p, top_k, sample_index, redraw, 0)
 
 
@@ -72,9 +86,40 @@ def sample_rows(rows: Sequence[bytes], positions: Sequence[int]) -> SampleRows:
 
 def choose(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
     """The token int32 [X] chosen in each row of fp32 logits, on their device; no synchronisation with it."""
-    if len(rows_X) != len(logits_XV):
-        raise ValueError(f"{len(rows_X)} sample rows for {len(logits_XV)} rows of logits; give one each")
-    return choose_reference(logits_XV, rows_X)
+    num_rows, vocab_size = logits_XV.shape
+    if len(rows_X) != num_rows:
+        raise ValueError(f"{len(rows_X)} sample rows for {num_rows} rows of logits; give one each")
+    if not _is_for_kernels(logits_XV):
+        return choose_reference(logits_XV, rows_X)
+    chosen_X = torch.empty(num_rows, dtype=torch.int32)
+    _compiled("choose", instruction_set())(
+        logits_XV.data_ptr(), logits_XV.stride(0), num_rows, vocab_size, rows_X.ctypes.data, chosen_X.data_ptr()
+    )
+    return chosen_X
+
+
+def _is_for_kernels(logits_XV: Tensor) -> bool:
+    """Whether the compiled kernels can read these logits."""
+    return (
+        logits_XV.device.type == "cpu"
+        and logits_XV.dtype == torch.float32
+        and logits_XV.stride(1) == 1
+        and is_available()
+    )
+
+
+@functools.cache
+def _compiled(name: str, isa: str) -> Callable[..., None]:
+    found = function(name, isa)
+    found.restype, found.argtypes = None, _ARGUMENTS[name]
+    return found  # type: ignore[no-any-return]
+
+
+def noise(row: SampleRows, vocab_size: int) -> NDArray[np.float64]:
+    """The noise [V] that the compiled kernels give one sample row; they must be available."""
+    out = np.empty(vocab_size)
+    _compiled("gumbel_noise", instruction_set())(row.ctypes.data, vocab_size, out.ctypes.data)
+    return out
 
 
 def choose_reference(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
@@ -121,15 +166,13 @@ def _kept(logits_XV: Tensor, scaled_XV: Tensor, rows_X: SampleRows) -> Tensor:
         top_k_X1 = _column(rows_X, "top_k", device).unsqueeze(1)
         ranks_X1 = torch.where(top_k_X1 > 0, top_k_X1, vocab_size).clamp(max=vocab_size) - 1
         is_kept_XV = logits_XV >= logits_XV.sort(dim=-1, descending=True).values.gather(1, ranks_X1)
-    if (rows_X["top_p"] < 1).any():
-        top_p_X1 = torch.from_numpy(rows_X["top_p"].copy()).to(device).unsqueeze(1)
-        weights_XV = torch.where(is_kept_XV, fixed_weights(scaled_XV), 0)
-        is_kept_XV = is_kept_XV & (_is_in_nucleus(weights_XV, top_p_X1) | (top_p_X1 >= 1))
-    if (rows_X["min_p"] > 0).any():
-        min_p_X1 = torch.from_numpy(rows_X["min_p"].copy()).to(device).unsqueeze(1)
-        smallest_X1 = fixed_log(torch.where(min_p_X1 > 0, min_p_X1, 1.0))
-        is_kept_XV = is_kept_XV & ((scaled_XV >= smallest_X1) | (min_p_X1 <= 0))
-    return is_kept_XV
+    if not ((rows_X["top_p"] < 1) | (rows_X["min_p"] > 0)).any():
+        return is_kept_XV
+    weights_XV = torch.where(is_kept_XV, fixed_weights(scaled_XV), 0)
+    top_p_X1, min_p_X1 = (torch.from_numpy(rows_X[name].copy()).to(device).unsqueeze(1) for name in ("top_p", "min_p"))
+    is_in_nucleus_XV = _is_in_nucleus(weights_XV, top_p_X1) | (top_p_X1 >= 1)
+    is_likely_XV = weights_XV.double() >= min_p_X1 * 2.0**WEIGHT_BITS
+    return is_kept_XV & is_in_nucleus_XV & is_likely_XV
 
 
 def _is_in_nucleus(weights_XV: Tensor, top_p_X1: Tensor) -> Tensor:
@@ -160,9 +203,32 @@ def top_logprobs(logits_XV: Tensor, rows: Sequence[int], token_ids: Sequence[int
     `num_top` is at most the size of the vocabulary. Probabilities are summed in units of 2**-42 of the largest, which
     makes a result independent of the order of the sum.
     """
-    if not 0 <= num_top <= logits_XV.shape[1]:
-        raise ValueError(f"num_top is {num_top}; expected 0 to the size of the vocabulary, {logits_XV.shape[1]}")
-    return top_logprobs_reference(logits_XV, rows, token_ids, num_top=num_top)
+    num_rows, vocab_size = logits_XV.shape
+    if not 0 <= num_top <= vocab_size:
+        raise ValueError(f"num_top is {num_top}; expected 0 to the size of the vocabulary, {vocab_size}")
+    rows_G, tokens_G = np.array(rows, np.int32), np.array(token_ids, np.int32)
+    if len(rows_G) != len(tokens_G):
+        raise ValueError(f"{len(rows_G)} rows and {len(tokens_G)} tokens; give one each")
+    if len(rows_G) and not (0 <= rows_G.min() and rows_G.max() < num_rows):
+        raise ValueError(f"rows are {rows_G.tolist()}; expected 0 <= row < {num_rows}")
+    if len(rows_G) and not (0 <= tokens_G.min() and tokens_G.max() < vocab_size):
+        raise ValueError(f"tokens are {tokens_G.tolist()}; the vocabulary is 0..{vocab_size - 1}")
+    if not _is_for_kernels(logits_XV):
+        return top_logprobs_reference(logits_XV, rows, token_ids, num_top=num_top)
+    num_wanted = len(rows_G)
+    ids_GN = torch.empty(num_wanted, num_top, dtype=torch.int32)
+    out = TopLogprobs(torch.empty(num_wanted), ids_GN, torch.empty(num_wanted, num_top))
+    _compiled("top_logprobs", instruction_set())(
+        logits_XV.data_ptr(),
+        logits_XV.stride(0),
+        vocab_size,
+        rows_G.ctypes.data,
+        tokens_G.ctypes.data,
+        num_wanted,
+        num_top,
+        *(tensor.data_ptr() for tensor in out),
+    )
+    return out
 
 
 def top_logprobs_reference(

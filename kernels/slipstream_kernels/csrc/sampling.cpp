@@ -1,0 +1,425 @@
+// Choosing tokens and reporting log-probabilities; slipstream_kernels/sampling.py is the definition, bit for bit.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <functional>
+#include <vector>
+
+#include "export.h"
+#include "noise.h"
+#include "pool.h"
+
+namespace SLIPSTREAM_ISA {
+namespace {
+
+// `sampling.ROW`, field by field.
+struct SampleRow {
+    int64_t seed;
+    double temperature, top_p, min_p;
+    int32_t top_k, sample_index, redraw, position;
+};
+
+constexpr float kInfinity = __builtin_inff();
+constexpr int64_t kTokensWorthSharing = 1 << 16;  // below it, waking another thread costs what it saves
+
+// Buffers of one thread, kept between calls; each is named by what it holds.
+struct Scratch {
+    std::vector<float> rewritten, kept, maxima, candidates;
+    std::vector<int64_t> weights, between;
+    std::vector<int32_t> ids;
+};
+thread_local Scratch scratch;
+
+// ------------------------------------------------------------------------------------------------ rows of logits
+
+// Logits whose largest is finite; the others are finite, -inf or NaN, and a NaN is never chosen.
+struct Row {
+    const float* logits;
+    int64_t num_tokens;
+    float largest;
+};
+
+// Bit i is set unless a[i] < b[i]: a NaN sets it.
+inline uint32_t lanes_not_less(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
+#elif defined(__AVX2__)
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)));
+#else
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t(!(a[lane] < b[lane])) << lane;
+    return bits;
+#endif
+}
+
+// `number` values from `from`, which may be less than a vector holds; -inf behind them.
+inline Floats load_padded(const float* from, int64_t number) {
+    if (number >= kLanes) return load(from);
+    Floats value = splat(-kInfinity);
+    for (int64_t lane = 0; lane < number; ++lane) value[lane] = from[lane];
+    return value;
+}
+
+// Call `visit(token)` for tokens in ascending order whose value is at least `bound`, until it returns true.
+template <class Visit>
+void each_at_least(const float* values, int64_t number, float bound, Visit visit) {
+    for (int64_t at = 0; at < number; at += kLanes) {
+        for (uint32_t lanes = lanes_not_less(load_padded(values + at, number - at), splat(bound)); lanes;
+             lanes &= lanes - 1) {
+            const int64_t token = at + __builtin_ctz(lanes);
+            if (token < number && values[token] >= bound && visit(token)) return;
+        }
+    }
+}
+
+float largest_of(const float* values, int64_t number) {
+    constexpr int kChains = 4;
+    Floats largest[kChains];
+    for (Floats& one : largest) one = splat(-kInfinity);
+    int64_t at = 0;
+    for (; at + kChains * kLanes <= number; at += kChains * kLanes) {
+        for (int chain = 0; chain < kChains; ++chain) {
+            largest[chain] = max(load(values + at + chain * kLanes), largest[chain]);  // a NaN is not larger
+        }
+    }
+    for (; at < number; at += kLanes) largest[0] = max(load_padded(values + at, number - at), largest[0]);
+    return max_lanes(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
+}
+
+int64_t first_of(const float* values, int64_t number, float value) {
+    int64_t first = 0;
+    each_at_least(values, number, value, [&](int64_t token) { return first = token, true; });
+    return first;
+}
+
+// A row whose largest logit is an infinity (or that has none but NaN) is a row of equals among the tokens that have it.
+Row finite_row(const float* logits, int64_t num_tokens) {
+    const float largest = largest_of(logits, num_tokens);
+    if (largest > -kInfinity && largest < kInfinity) return {logits, num_tokens, largest};
+    std::vector<float>& rewritten = scratch.rewritten;
+    rewritten.resize(size_t(num_tokens));
+    for (int64_t token = 0; token < num_tokens; ++token) {
+        rewritten[size_t(token)] = largest == -kInfinity || logits[token] == largest ? 0.0f : -kInfinity;
+    }
+    return {rewritten.data(), num_tokens, 0.0f};
+}
+
+// A bound that at least `number` values reach (if as many are no NaN): the `number`-th largest among the maxima of
+// disjoint segments of 16 values.
+float bound_of_top(const float* values, int64_t num_values, int64_t number) {
+    constexpr int kSegment = 16;
+    std::vector<float>& maxima = scratch.maxima;
+    maxima.clear();
+    int64_t at = 0;
+    for (; at + kSegment * kLanes <= num_values; at += kSegment * kLanes) {
+        Floats largest = splat(-kInfinity);
+        for (int one = 0; one < kSegment; ++one) largest = max(load(values + at + one * kLanes), largest);
+        for (int lane = 0; lane < kLanes; ++lane) maxima.push_back(largest[lane]);
+    }
+    for (; at < num_values; ++at) maxima.push_back(values[at] == values[at] ? values[at] : -kInfinity);
+    if (int64_t(maxima.size()) < number) return -kInfinity;
+    std::nth_element(maxima.begin(), maxima.begin() + (number - 1), maxima.end(), std::greater<float>());
+    return maxima[size_t(number - 1)];
+}
+
+float kth_largest(const float* values, int64_t num_values, int64_t k) {
+    std::vector<float>& candidates = scratch.candidates;
+    candidates.clear();
+    each_at_least(values, num_values, bound_of_top(values, num_values, k),
+                  [&](int64_t token) { return candidates.push_back(values[token]), false; });
+    if (int64_t(candidates.size()) < k) return -kInfinity;
+    std::nth_element(candidates.begin(), candidates.begin() + (k - 1), candidates.end(), std::greater<float>());
+    return candidates[size_t(k - 1)];
+}
+
+// ------------------------------------------------------------------------------------------------------- filters
+
+inline Weights weights_at(HalfFloats logits, Doubles largest, Doubles temperature) {
+    return fixed_weights((__builtin_convertvector(logits, Doubles) - largest) / temperature);
+}
+
+// Calls `use(first token, weights of kWide tokens)` for the whole row, the tokens behind its end with weight 0.
+template <class Use>
+void each_weight(const Row& row, double temperature, Use use) {
+    const Doubles largest = Doubles{} + double(row.largest), divisor = Doubles{} + temperature;
+    HalfFloats logits;
+    int64_t at = 0;
+    for (; at + kWide <= row.num_tokens; at += kWide) {
+        std::memcpy(&logits, row.logits + at, sizeof logits);
+        use(at, weights_at(logits, largest, divisor));
+    }
+    if (at == row.num_tokens) return;
+    logits = HalfFloats{} - kInfinity;
+    for (int64_t lane = 0; at + lane < row.num_tokens; ++lane) logits[lane] = row.logits[at + lane];
+    use(at, weights_at(logits, largest, divisor));
+}
+
+int64_t sum_from(const std::vector<int64_t>& weights, int64_t smallest) {
+    int64_t sum = 0;
+    for (const int64_t weight : weights) sum += weight >= smallest ? weight : 0;
+    return sum;
+}
+
+// The largest number in [reaches, falls_short) for which `is_reached` holds; it does for `reaches`.
+template <class IsReached>
+int64_t last_reached(int64_t reaches, int64_t falls_short, IsReached is_reached) {
+    while (falls_short - reaches > 1) {
+        const int64_t middle = reaches + (falls_short - reaches) / 2;
+        (is_reached(middle) ? reaches : falls_short) = middle;
+    }
+    return reaches;
+}
+
+// Which weights top-p keeps: those above `weight`, and the first `num_equal` of those that equal it.
+struct Nucleus {
+    int64_t weight, num_equal;
+};
+
+// The weight at which the sum, most likely first, reaches `top_p` of the whole. Nothing is sorted: bisection finds the
+// power of two below it, then the weight itself among those between two powers.
+Nucleus nucleus_of(const std::vector<int64_t>& weights, double top_p) {
+    const double limit = double(sum_from(weights, 0)) * top_p;
+    if (!(limit > 0.0)) return {*std::max_element(weights.begin(), weights.end()), 1};
+    const int64_t power = last_reached(
+        0, kWeightBits + 1, [&](int64_t bit) { return double(sum_from(weights, int64_t(1) << bit)) >= limit; });
+    const int64_t low = int64_t(1) << power, high = low * 2;
+    std::vector<int64_t>& between = scratch.between;
+    between.resize(weights.size() + 1);
+    size_t num_between = 0;
+    for (const int64_t weight : weights) {
+        between[num_between] = weight;
+        num_between += weight >= low && weight < high;
+    }
+    between.resize(num_between);
+    const int64_t above = sum_from(weights, high);
+    const auto sum = [&](int64_t smallest) { return double(above + sum_from(between, smallest)); };
+    const int64_t weight = last_reached(low, high, [&](int64_t smallest) { return sum(smallest) >= limit; });
+    int64_t before = above + sum_from(between, weight + 1), num_equal = 0;
+    for (; num_equal < int64_t(weights.size()) && double(before) < limit; before += weight) ++num_equal;
+    return {weight, num_equal};
+}
+
+void remove_below(std::vector<float>& logits, const std::vector<int64_t>& weights, int64_t smallest) {
+    for (size_t token = 0; token < logits.size(); ++token) {
+        logits[token] = weights[token] >= smallest ? logits[token] : -kInfinity;
+    }
+}
+
+// The row with the logits that the filters remove at -inf.
+Row filtered(const Row& row, const SampleRow& how) {
+    std::vector<float>& kept = scratch.kept;
+    kept.assign(row.logits, row.logits + row.num_tokens);
+    if (how.top_k > 0 && how.top_k < row.num_tokens) {
+        const float smallest = kth_largest(row.logits, row.num_tokens, how.top_k);
+        for (float& logit : kept) logit = logit >= smallest ? logit : -kInfinity;
+    }
+    const Row out{kept.data(), row.num_tokens, row.largest};
+    if (how.top_p >= 1.0 && how.min_p <= 0.0) return out;
+    std::vector<int64_t>& weights = scratch.weights;
+    weights.resize(size_t(row.num_tokens + kWide));
+    each_weight(out, how.temperature,
+                [&](int64_t at, Weights some) { std::memcpy(weights.data() + at, &some, sizeof some); });
+    weights.resize(size_t(row.num_tokens));
+    if (how.top_p < 1.0) {
+        const Nucleus nucleus = nucleus_of(weights, how.top_p);
+        int64_t num_equal = nucleus.num_equal;
+        remove_below(kept, weights, nucleus.weight);
+        for (size_t token = 0; token < kept.size(); ++token) {
+            if (weights[token] == nucleus.weight && num_equal-- <= 0) kept[token] = -kInfinity;
+        }
+    }
+    remove_below(kept, weights, int64_t(std::ceil(how.min_p * double(kLargestWeight))));
+    return out;
+}
+
+// -------------------------------------------------------------------------------------------------------- choice
+
+// The search for the largest score x + G. A score is computed only where a cheap bound says that it could win.
+//
+// The bound. Let b be the random bits, c = 2^32 - 1 - b their complement and u = (b + 1/2) / 2^32. From -log u >= 1 - u
+// follows G = -log(-log u) <= -log(1 - u) = ln 2 (32 - log2(c + 1/2)), and c + 1/2 >= 2 y with y = floor(c / 2). Read as
+// an integer, the bits of the float y are at most 2^23 (127 + log2 y): between powers of two they are a chord of the
+// concave log2. So G <= ln 2 (158 - bits / 2^23), and never more than 33 ln 2. Scaled logits are bounded from above by a
+// slope a little too flat (they are at most 0); kSlack covers every other rounding in single precision.
+class Search {
+   public:
+    Search(const Row& row, const SampleRow& how)
+        : row_(row),
+          temperature_(how.temperature),
+          slope_(float(std::min((1.0 - 1e-6) / how.temperature, double(FLT_MAX)))),
+          key_(noise_key(uint64_t(how.seed), uint32_t(how.sample_index), uint32_t(how.redraw), uint32_t(how.position))) {}
+
+    int64_t run() {
+        best_ = first_of(row_.logits, row_.num_tokens, largest_of(row_.logits, row_.num_tokens));
+        best_score_ = score(best_, random_bits(key_, best_));
+        set_threshold();
+        for (int64_t first = 0; first < row_.num_tokens; first += kBlockTokens) search_block(first);
+        return best_;
+    }
+
+   private:
+    static constexpr double kSlack = 1e-3;
+    static constexpr int kVectors = kBlockTokens / kLanes;
+
+    double score(int64_t token, uint32_t bits) const {
+        return (double(row_.logits[token]) - double(row_.largest)) / temperature_ + gumbel(bits);
+    }
+
+    void set_threshold() { threshold_ = splat(float(best_score_ - kSlack)); }
+
+    Floats bounds_of_scaled(Floats logits) const { return max(logits - row_.largest, splat(-FLT_MAX)) * slope_; }
+
+    static Floats bounds_of_noise(Ints bits) {
+        const Floats halves = __builtin_convertvector((Ints)(~(Words)bits >> 1), Floats);
+        return 109.5172505f - __builtin_convertvector((Ints)halves, Floats) * 8.26295829e-8f;
+    }
+
+    void search_block(int64_t first) {
+        constexpr float kLargestNoise = 22.875f;
+        Floats scaled[kVectors];
+        Floats largest = splat(-FLT_MAX);
+        for (int one = 0; one < kVectors; ++one) {
+            const int64_t at = first + one * kLanes;
+            scaled[one] = bounds_of_scaled(at < row_.num_tokens ? load_padded(row_.logits + at, row_.num_tokens - at)
+                                                                : splat(-kInfinity));
+            largest = max(scaled[one], largest);
+        }
+        if (!lanes_not_less(largest + kLargestNoise, threshold_)) return;
+        uint32_t bits[kBlockTokens];
+        random_block(key_, uint32_t(first / kTokensPerCounter), bits);
+        for (int one = 0; one < kVectors; ++one) {
+            Ints some;
+            std::memcpy(&some, bits + one * kLanes, sizeof some);
+            for (uint32_t lanes = lanes_not_less(scaled[one] + bounds_of_noise(some), threshold_); lanes;
+                 lanes &= lanes - 1) {
+                const int64_t index = one * kLanes + __builtin_ctz(lanes);
+                if (first + index < row_.num_tokens) consider(first + index, bits[index]);
+            }
+        }
+    }
+
+    void consider(int64_t token, uint32_t bits) {
+        const double score_here = score(token, bits);
+        if (score_here > best_score_ || (score_here == best_score_ && token < best_)) {
+            best_ = token;
+            best_score_ = score_here;
+            set_threshold();
+        }
+    }
+
+    const Row row_;
+    const double temperature_;
+    const float slope_;
+    const NoiseKey key_;
+    int64_t best_ = 0;
+    double best_score_ = 0.0;
+    Floats threshold_ = {};
+};
+
+int32_t choose_one(const float* logits, int64_t num_tokens, const SampleRow& how) {
+    const Row row = finite_row(logits, num_tokens);
+    if (how.temperature == 0.0) return int32_t(first_of(row.logits, num_tokens, row.largest));
+    const bool is_filtered = how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0;
+    return int32_t(Search(is_filtered ? filtered(row, how) : row, how).run());
+}
+
+// --------------------------------------------------------------------------------------------- log-probabilities
+
+void best_ids(const Row& row, int64_t number, int32_t* out) {
+    const auto value_of = [&](int32_t token) {
+        const float logit = row.logits[token];
+        return logit == logit ? logit : -kInfinity;
+    };
+    std::vector<int32_t>& ids = scratch.ids;
+    ids.clear();
+    const float bound = bound_of_top(row.logits, row.num_tokens, number);
+    if (bound == -kInfinity) {
+        for (int32_t token = 0; token < row.num_tokens; ++token) ids.push_back(token);
+    } else {
+        each_at_least(row.logits, row.num_tokens, bound,
+                      [&](int64_t token) { return ids.push_back(int32_t(token)), false; });
+    }
+    std::partial_sort(ids.begin(), ids.begin() + number, ids.end(), [&](int32_t one, int32_t other) {
+        const float value = value_of(one), other_value = value_of(other);
+        return value > other_value || (value == other_value && one < other);
+    });
+    std::copy_n(ids.begin(), number, out);
+}
+
+void logprobs_of_one(const Row& row, int32_t token, int64_t num_top, float* out, int32_t* top_ids, float* top_out) {
+    Weights sums = {};
+    each_weight(row, 1.0, [&](int64_t, Weights some) { sums += some; });
+    int64_t sum = 0;
+    for (int lane = 0; lane < kWide; ++lane) sum += sums[lane];
+    const double log_sum = fixed_log(double(sum) * 0x1p-42);
+    const auto logprob = [&](int32_t id) {
+        const double relative = double(row.logits[id]) - double(row.largest);
+        return relative == relative ? float(relative - log_sum) : -kInfinity;
+    };
+    *out = logprob(token);
+    if (num_top > 0) best_ids(row, num_top, top_ids);
+    for (int64_t rank = 0; rank < num_top; ++rank) top_out[rank] = logprob(top_ids[rank]);
+}
+
+// ------------------------------------------------------------------------------------------------ rows of a step
+
+// Run `task(row)` for every row, on all threads if there is enough to do. Rows share nothing.
+template <class Task>
+void for_rows(int64_t num_rows, int64_t num_tokens, Task task) {
+    if (num_rows * num_tokens < kTokensWorthSharing || slipstream::num_threads() == 1) {
+        for (int64_t row = 0; row < num_rows; ++row) task(row);
+        return;
+    }
+    struct Shared {
+        Task* task;
+        int64_t num_rows;
+    } shared{&task, num_rows};
+    slipstream::run_pass(
+        [](void* context, slipstream::Phases& phases) {
+            const Shared& work = *static_cast<Shared*>(context);
+            phases.run(int(work.num_rows), [&](int row) { (*work.task)(row); });
+        },
+        &shared);
+}
+
+}  // namespace
+}  // namespace SLIPSTREAM_ISA
+
+extern "C" {
+
+// `chosen[x]` for each of `num_rows` rows of `num_tokens` logits, `row_stride` floats apart.
+void SLIPSTREAM_EXPORT(choose)(const float* logits, int64_t row_stride, int64_t num_rows, int64_t num_tokens,
+                               const void* rows, int32_t* chosen) {
+    using namespace SLIPSTREAM_ISA;
+    const SampleRow* const how = static_cast<const SampleRow*>(rows);
+    for_rows(num_rows, num_tokens,
+             [=](int64_t row) { chosen[row] = choose_one(logits + row * row_stride, num_tokens, how[row]); });
+}
+
+// Log-probabilities of `num_rows` rows named by `row_ids`: of `tokens[g]`, and of the `num_top` best of each row.
+void SLIPSTREAM_EXPORT(top_logprobs)(const float* logits, int64_t row_stride, int64_t num_tokens,
+                                     const int32_t* row_ids, const int32_t* tokens, int64_t num_rows, int64_t num_top,
+                                     float* logprobs, int32_t* top_ids, float* top_logprobs) {
+    using namespace SLIPSTREAM_ISA;
+    for_rows(num_rows, num_tokens, [=](int64_t row) {
+        logprobs_of_one(finite_row(logits + row_ids[row] * row_stride, num_tokens), tokens[row], num_top,
+                        logprobs + row, top_ids + row * num_top, top_logprobs + row * num_top);
+    });
+}
+
+// The noise of one row's tokens [0, num_tokens), by the same operations as `choose`.
+void SLIPSTREAM_EXPORT(gumbel_noise)(const void* row, int64_t num_tokens, double* noise) {
+    using namespace SLIPSTREAM_ISA;
+    const SampleRow& how = *static_cast<const SampleRow*>(row);
+    const NoiseKey key =
+        noise_key(uint64_t(how.seed), uint32_t(how.sample_index), uint32_t(how.redraw), uint32_t(how.position));
+    for (int64_t first = 0; first < num_tokens; first += kBlockTokens) {
+        uint32_t bits[kBlockTokens];
+        random_block(key, uint32_t(first / kTokensPerCounter), bits);
+        for (int64_t token = first; token < std::min<int64_t>(first + kBlockTokens, num_tokens); ++token) {
+            noise[token] = gumbel(bits[token - first]);
+        }
+    }
+}
+
+}  // extern "C"
