@@ -1,0 +1,210 @@
+"""Own kernels compute what transformers' models compute, and every row's bits are a function of its own sequence."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import slipstream_kernels
+from slipstream.engine.native_decoder import NativeDecoder
+from slipstream.engine.plan import BLOCK_TOKENS, Move
+from slipstream.models.checkpoint import Checkpoint, load_checkpoint
+from slipstream.models.config import Family
+from slipstream.models.decoder import arrange, causal_logits
+from slipstream_kernels import build, isa
+from tests.families import FAMILIES, SIZES, VOCAB_SIZE, random_checkpoint
+from tests.plans import Rows, blocks_for, plan_of, random_tree
+
+SHARED_MODELS = Path(__file__).parents[3] / "shared" / "models"
+REFERENCE = Path(__file__).parents[2] / "deploy" / "models" / "mix-moe-11m"
+NUM_BLOCKS = 64
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> Iterator[None]:
+    if not slipstream_kernels.is_available():
+        if os.environ.get("CI") == "true":
+            pytest.fail(slipstream_kernels.why_unavailable())
+        pytest.skip(slipstream_kernels.why_unavailable())
+    yield
+    slipstream_kernels.set_num_threads(1)
+    slipstream_kernels.use_instruction_set(None)
+
+
+def native(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> NativeDecoder:
+    weights = arrange(checkpoint.config, checkpoint.weights, dtype=dtype)
+    return NativeDecoder(weights, num_blocks=NUM_BLOCKS, num_node_slots=64, max_rows=256)
+
+
+def random_ids(seed: int, length: int, vocab_size: int = VOCAB_SIZE) -> tuple[int, ...]:
+    return tuple(int(token) for token in np.random.default_rng(seed).integers(0, vocab_size, length))
+
+
+def scattered(seed: int, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Blocks for sequences of these lengths, in no order."""
+    free = iter(np.random.default_rng(seed).permutation(NUM_BLOCKS).tolist())
+    return [tuple(itertools.islice(free, blocks_for(length))) for length in lengths]
+
+
+def logits(decoder: NativeDecoder, *sequences: Rows) -> torch.Tensor:
+    return decoder.forward(plan_of(sequences)).logits_XV.clone()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_and_decode_of_unequal_lengths_equal_the_model(tmp_path: Path, family: Family, size: str) -> None:
+    checkpoint = load_checkpoint(random_checkpoint(family, tmp_path, size=size))
+    lengths = (1, 16, 33, 90)
+    ids = [random_ids(length, length + 1) for length in lengths]
+    blocks = scattered(0, [length + 1 for length in lengths])
+    decoder = native(checkpoint)
+    prompts = [Rows(token_ids=some[:-1], blocks=where) for some, where in zip(ids, blocks, strict=True)]
+    steps = [Rows(token_ids=one, blocks=at, start=len(one) - 1) for one, at in zip(ids, blocks, strict=True)]
+    prefilled, decoded = logits(decoder, *prompts).split(lengths), logits(decoder, *steps)
+    for some, before, after in zip(ids, prefilled, decoded, strict=True):
+        expected = causal_logits(checkpoint.config, checkpoint.weights, torch.tensor([some]))[0]
+        torch.testing.assert_close(before, expected[:-1], rtol=0, atol=1e-4)
+        torch.testing.assert_close(after, expected[-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["stories260k", "tinystories-656k", "mix-moe-11m", "mix-dense-6m"])
+def test_logits_of_real_checkpoints_equal_transformers(name: str) -> None:
+    """Prefill and decode in one batch of unequal lengths, fp32 on both sides."""
+    directory = REFERENCE if name == REFERENCE.name else SHARED_MODELS / name
+    if not directory.is_dir():
+        pytest.skip(f"{name} is not beside this checkout")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    checkpoint = load_checkpoint(directory)
+    decoder = native(checkpoint)
+    ids = [random_ids(length, length, checkpoint.config.vocab_size) for length in (7, 64, 150)]
+    blocks = scattered(1, [len(some) for some in ids])
+    logits(decoder, *(Rows(token_ids=one[: len(one) // 2], blocks=at) for one, at in zip(ids, blocks, strict=True)))
+    rest = [Rows(token_ids=one, blocks=at, start=len(one) // 2) for one, at in zip(ids, blocks, strict=True)]
+    got = logits(decoder, *rest).split([len(one) - len(one) // 2 for one in ids])
+    for some, mine in zip(ids, got, strict=True):
+        with torch.no_grad():
+            theirs = model(torch.tensor([some])).logits[0, len(some) // 2 :]
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+
+
+def assert_bits_are_a_rows_own(make: Callable[[], NativeDecoder], ids: tuple[int, ...], vocab_size: int) -> None:
+    """One sequence, computed whole, in chunks, token by token, in company, by threads, and as a path of trees."""
+    length = len(ids)
+    mine, theirs = scattered(2, [length, 200])
+    decoder = make()
+    whole = logits(decoder, Rows(token_ids=ids, blocks=mine))
+    company = Rows(token_ids=random_ids(3, 100, vocab_size), blocks=theirs)
+    for num_threads, chunk in ((1, 1), (1, 7), (2, 16), (2, length)):
+        slipstream_kernels.set_num_threads(num_threads)
+        ends = range(chunk, length + chunk, chunk)
+        parts = [Rows(token_ids=ids[:end], blocks=mine, start=end - chunk) for end in ends]
+        assert torch.equal(torch.cat([logits(decoder, part) for part in parts]), whole)
+    assert torch.equal(logits(decoder, company, Rows(token_ids=ids, blocks=mine))[-length:], whole)
+    for committed in (1, 15, 16, 40, length - 1):
+        assert_path_of_a_tree_equals(decoder, ids, mine, committed, whole, vocab_size)
+
+
+def assert_path_of_a_tree_equals(
+    decoder: NativeDecoder,
+    ids: tuple[int, ...],
+    blocks: tuple[int, ...],
+    committed: int,
+    whole: torch.Tensor,
+    vocab_size: int,
+) -> None:
+    """A tree with the true continuation hidden among other branches; its path is then kept and goes on."""
+    depth = min(9, len(ids) - committed)
+    wrong, parents = random_tree(np.random.default_rng(committed), num_nodes=20, vocab_size=vocab_size)
+    nodes = (*wrong, *ids[committed : committed + depth])
+    chain = [-1, *range(len(wrong), len(wrong) + depth - 1)]
+    tree = Rows(
+        token_ids=ids[:committed],
+        blocks=blocks,
+        start=committed - 1,
+        nodes=nodes,
+        parents=(*parents, *chain),
+        first_node_slot=5,
+    )
+    rows = logits(decoder, tree)
+    assert torch.equal(rows[0], whole[committed - 1])
+    assert torch.equal(rows[1 + len(wrong) :], whole[committed : committed + depth])
+    slots = range(5 + len(wrong), 5 + len(wrong) + depth)
+    positions = range(committed, committed + depth)
+    decoder.keep([Move(s, blocks[p // BLOCK_TOKENS], p % BLOCK_TOKENS) for s, p in zip(slots, positions, strict=True)])
+    if committed + depth < len(ids):
+        after = Rows(token_ids=ids[: committed + depth + 1], blocks=blocks, start=committed + depth)
+        assert torch.equal(logits(decoder, after)[0], whole[committed + depth])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "baseline"])
+def test_bits_are_a_rows_own_on_the_reference_target(instructions: str, dtype: torch.dtype) -> None:
+    if instructions not in slipstream_kernels.supported_sets():
+        pytest.skip(f"this processor has no {instructions}")
+    slipstream_kernels.use_instruction_set(instructions)
+    checkpoint = load_checkpoint(REFERENCE)
+    vocab_size = checkpoint.config.vocab_size
+    assert_bits_are_a_rows_own(lambda: native(checkpoint, dtype=dtype), random_ids(4, 60, vocab_size), vocab_size)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bits_are_a_rows_own_in_every_family(tmp_path: Path, family: Family) -> None:
+    checkpoint = load_checkpoint(random_checkpoint(family, tmp_path, size="odd"))
+    assert_bits_are_a_rows_own(lambda: native(checkpoint), random_ids(5, 60), VOCAB_SIZE)
+
+
+ANCESTORS = """for (int a = 0; a < query.num_ancestors; ++a, ++position) {
+        const float* const values"""
+ANCESTORS_REVERSED = """position += query.num_ancestors - 1;
+    for (int a = query.num_ancestors - 1; a >= 0; --a, --position) {
+        const float* const values"""
+MUTANTS = {
+    "the order of a product depends on the number of rows": (
+        "matmul.cpp",
+        [
+            ("fma(even[v], first,", "fma(kRows > 2 ? odd[v] : even[v], kRows > 2 ? second : first,"),
+            ("fma(odd[v], second,", "fma(kRows > 2 ? even[v] : odd[v], kRows > 2 ? first : second,"),
+        ],
+    ),
+    "ancestors are summed from the deepest up": ("attention.cpp", [(ANCESTORS, ANCESTORS_REVERSED)]),
+    "an ancestor of another branch is visible": (
+        "attention.cpp",
+        [
+            (
+                "node_scores<1>(cache, query.ancestors + a,",
+                "node_scores<1>(cache, query.ancestors + (a > 0 ? a - 1 : 0),",
+            )
+        ],
+    ),
+}
+
+
+def built_with(tmp_path: Path, file: str, replacements: Sequence[tuple[str, str]]) -> ctypes.CDLL:
+    """The kernels with lines replaced, in a library of their own."""
+    sources = tmp_path / "csrc"
+    shutil.copytree(build.CSRC, sources)
+    text = (sources / file).read_text()
+    for old, new in replacements:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (sources / file).write_text(text)
+    return ctypes.CDLL(str(build.build(sources, cache=tmp_path)))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_kernel_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
+    library = built_with(tmp_path, *MUTANTS[mutant])
+    monkeypatch.setattr(isa, "library", lambda: library)
+    checkpoint = load_checkpoint(REFERENCE)
+    vocab_size = checkpoint.config.vocab_size
+    with pytest.raises(AssertionError, match="equal"):
+        assert_bits_are_a_rows_own(lambda: native(checkpoint), random_ids(4, 60, vocab_size), vocab_size)
