@@ -25,6 +25,7 @@ def is_available() -> bool:
     return not why_unavailable()
 
 
+@functools.cache
 def supported_sets() -> tuple[str, ...]:
     """The instruction sets this processor has, best first."""
     return tuple(isa for isa in instruction_sets() if library().slipstream_supports(isa.encode()))

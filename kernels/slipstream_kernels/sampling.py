@@ -206,16 +206,13 @@ def top_logprobs(logits_XV: Tensor, rows: Sequence[int], token_ids: Sequence[int
     num_rows, vocab_size = logits_XV.shape
     if not 0 <= num_top <= vocab_size:
         raise ValueError(f"num_top is {num_top}; expected 0 to the size of the vocabulary, {vocab_size}")
-    rows_G, tokens_G = np.array(rows, np.int32), np.array(token_ids, np.int32)
-    if len(rows_G) != len(tokens_G):
-        raise ValueError(f"{len(rows_G)} rows and {len(tokens_G)} tokens; give one each")
-    if len(rows_G) and not (0 <= rows_G.min() and rows_G.max() < num_rows):
-        raise ValueError(f"rows are {rows_G.tolist()}; expected 0 <= row < {num_rows}")
-    if len(rows_G) and not (0 <= tokens_G.min() and tokens_G.max() < vocab_size):
-        raise ValueError(f"tokens are {tokens_G.tolist()}; the vocabulary is 0..{vocab_size - 1}")
+    if len(rows) != len(token_ids):
+        raise ValueError(f"{len(rows)} rows and {len(token_ids)} tokens; give one each")
+    _check_range("rows", rows, num_rows)
+    _check_range("token ids", token_ids, vocab_size)
     if not _is_for_kernels(logits_XV):
         return top_logprobs_reference(logits_XV, rows, token_ids, num_top=num_top)
-    num_wanted = len(rows_G)
+    rows_G, tokens_G, num_wanted = np.array(rows, np.int32), np.array(token_ids, np.int32), len(rows)
     ids_GN = torch.empty(num_wanted, num_top, dtype=torch.int32)
     out = TopLogprobs(torch.empty(num_wanted), ids_GN, torch.empty(num_wanted, num_top))
     _compiled("top_logprobs", instruction_set())(
@@ -229,6 +226,11 @@ def top_logprobs(logits_XV: Tensor, rows: Sequence[int], token_ids: Sequence[int
         *(tensor.data_ptr() for tensor in out),
     )
     return out
+
+
+def _check_range(name: str, numbers: Sequence[int], end: int) -> None:
+    if len(numbers) and (min(numbers) < 0 or max(numbers) >= end):
+        raise ValueError(f"{name} are {list(numbers)}; expected each from 0 to {end - 1}")
 
 
 def top_logprobs_reference(

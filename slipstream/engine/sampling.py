@@ -131,12 +131,12 @@ def _penalise(logits_XV: Tensor, request: RowsOfRequest) -> None:
     sampling, device = request.sampling, logits_XV.device
     ids_U, counts_XU, is_seen_XU = seen_tokens(request)
     ids = torch.from_numpy(ids_U).to(device)
-    values_XU = logits_XV[:, ids]
+    values_XU = logits_XV.index_select(1, ids)
     factor = torch.full((), sampling.repetition_penalty, device=device)
     repeated_XU = torch.where(values_XU > 0, values_XU / factor, values_XU * factor)
     values_XU = torch.where(torch.from_numpy(is_seen_XU).to(device), repeated_XU, values_XU)
     penalties_XU = sampling.presence_penalty * (counts_XU > 0) + sampling.frequency_penalty * counts_XU
-    logits_XV[:, ids] = values_XU - torch.from_numpy(penalties_XU.astype(np.float32)).to(device)
+    logits_XV.index_copy_(1, ids, values_XU - torch.from_numpy(penalties_XU.astype(np.float32)).to(device))
 
 
 def seen_tokens(request: RowsOfRequest) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
