@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer
 
+import slipstream_kernels
 from deploy.local.queries import builtin_streams
-from slipstream.engine.engine import Engine
+from slipstream.drafting.drafter import Drafter
+from slipstream.engine.decoders import open_decoder
+from slipstream.engine.engine import Engine, OpenDecoder
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
 from slipstream.engine.scheduler import EngineLimits
 from slipstream.models.checkpoint import Checkpoint, load_checkpoint
@@ -26,6 +31,16 @@ END_OF_TEXT = 0
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def exact_kernels() -> None:
+    """Bitwise equality is promised by our own kernels alone: skip where they cannot be built, but never in CI."""
+    if not slipstream_kernels.is_available():
+        reason = f"needs the compiled kernels: {slipstream_kernels.why_unavailable()}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -71,15 +86,18 @@ class Run(msgspec.Struct):
     observations: list[Observation]
     metrics: ReplicaMetrics
     num_steps: int
+    num_free_blocks: int
 
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"slipstream_{name}", labels) or 0.0
 
 
 class Served(msgspec.Struct, kw_only=True):
-    """How to serve: the engine's sizes and the requests' sampling."""
+    """How to serve: the engine's sizes, what drafts (a checkpoint, or any drafter), and the requests' sampling."""
 
     draft: Checkpoint | None = None
+    drafter: Drafter | None = None
+    decoders: OpenDecoder = open_decoder
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -87,6 +105,7 @@ class Served(msgspec.Struct, kw_only=True):
     limits: EngineLimits = LIMITS
     may_train: bool = True
     seed: int = 1000
+    more: dict[str, Any] = {}
 
 
 BeforeStep = Callable[[Engine, int], None]
@@ -101,9 +120,12 @@ def make_engine(target: Checkpoint, served: Served, observations: list[Observati
         top_n=16,
         observe=observations.append,
         metrics=metrics,
+        decoders=served.decoders,
     )
     if served.draft is not None:
         engine.install_draft(served.draft, version=1)
+    if served.drafter is not None:
+        engine.install_drafter(served.drafter)
     return engine
 
 
@@ -118,6 +140,7 @@ def request_for(index: int, prompt: Sequence[int], served: Served) -> Request:
             top_k=served.top_k,
             top_p=served.top_p,
             stop_token_ids=(END_OF_TEXT,),
+            **served.more,
         ),
         tenant="anonymous",
         domain="math",
@@ -142,4 +165,4 @@ def serve(
         num_steps += 1
         before_step(engine, num_steps)
     outputs = [[token for block in some for token in block.token_ids] for some in blocks]
-    return Run(outputs, blocks, observations, metrics, num_steps)
+    return Run(outputs, blocks, observations, metrics, num_steps, engine.num_free_blocks)
