@@ -98,9 +98,18 @@ def observation_id(observation: Observation) -> str:
     return f"{observation.request_id}/{observation.chunk}"
 
 
+def sample_id(request_id: str, sample_index: int) -> str:
+    """The id of one of several samples of a call."""
+    return f"{request_id}#{sample_index}"
+
+
 def is_held_out(request_id: str) -> bool:
-    """Whether a request is kept for judging drafts: a hash, so that every process agrees without talking."""
-    bucket = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big")
+    """Whether a request is kept for judging drafts: a hash, so that every process agrees without talking.
+
+    All samples of a call (`sample_id`) are on the same side: they share its prompt.
+    """
+    call_id = request_id.partition("#")[0]
+    bucket = int.from_bytes(hashlib.blake2b(call_id.encode(), digest_size=8).digest(), "big")
     return bucket < HELD_OUT_RATIO * 2**64
 
 

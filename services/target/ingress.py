@@ -26,6 +26,7 @@ from services.target.prompt_text import PromptText
 from slipstream import __version__
 from slipstream.engine.request import Request, SamplingParams
 from slipstream.errors import RequestError, RequestTooLarge, UnknownModel
+from slipstream.records import sample_id
 from slipstream.telemetry import ReplicaMetrics
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 
@@ -262,7 +263,7 @@ def _samples(request: Request, num_samples: int) -> list[Request]:
     return [
         msgspec.structs.replace(
             request,
-            request_id=f"{request.request_id}-{index}",
+            request_id=sample_id(request.request_id, index),
             sampling=msgspec.structs.replace(request.sampling, sample_index=index),
         )
         for index in range(num_samples)

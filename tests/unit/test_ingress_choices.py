@@ -80,8 +80,8 @@ def test_samples_differ_in_sample_index_and_id_alone() -> None:
         assert (other.sampling.sample_index, other.sampling.seed) == (index, first.sampling.seed)
         sampling = msgspec.structs.replace(other.sampling, sample_index=0)
         assert msgspec.structs.replace(other, request_id=first.request_id, sampling=sampling) == first
-    stem = first.request_id.removesuffix("-0")
-    assert [request.request_id for request in service.runner.requests] == [f"{stem}-{index}" for index in range(3)]
+    stem = first.request_id.removesuffix("#0")
+    assert [request.request_id for request in service.runner.requests] == [f"{stem}#{index}" for index in range(3)]
 
 
 def test_what_shapes_the_distribution_reaches_the_engine() -> None:

@@ -25,6 +25,7 @@ from slipstream.records import (
     observation_id,
     pack_floats,
     pack_ids,
+    sample_id,
     unpack_floats,
     unpack_ids,
 )
@@ -214,3 +215,8 @@ def test_the_held_out_split_never_changes_and_has_its_ratio() -> None:
     share = sum(is_held_out(f"cmpl-{number}") for number in range(20_000)) / 20_000
     # Five standard deviations of a share of 20,000 draws.
     assert abs(share - HELD_OUT_RATIO) < 5 * (HELD_OUT_RATIO * (1 - HELD_OUT_RATIO) / 20_000) ** 0.5
+
+
+def test_all_samples_of_a_call_are_on_the_same_side() -> None:
+    for call in ("request-0", "request-1", "request-13"):
+        assert {is_held_out(sample_id(call, index)) for index in range(8)} == {is_held_out(call)}
