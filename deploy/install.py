@@ -58,20 +58,23 @@ def install(directory: Path) -> None:
         )
     python = make_venv(directory)
     wheels = wheel_arguments(os.environ.get("WHEELS", ""))
-    say(f"2/3 {TORCH}")
+    say(f"2/4 {TORCH}")
     choice = os.environ.get("TORCH", "") or "auto"
     index = os.environ.get("TORCH_INDEX", "") or CPU_INDEX
     source = torch_source(python, choice=choice, wheels=wheels, cpu_index=index)
     pip(python, "install", TORCH, *source)
-    say("3/3 slipstream with its extras and tools")
+    say("3/4 slipstream with its extras and tools")
     pip(python, "install", "--editable", f"{ROOT}[all,dev]", *wheels)
+    say("4/4 CPU kernels")
+    # Without a compiler it says so and goes on: decoding can do without kernels.
+    subprocess.run([str(python), "-m", "slipstream_kernels"], cwd=ROOT, check=False)
 
 
 def make_venv(directory: Path) -> Path:
     """The interpreter of the virtual environment in `directory`, made if it is not there; raises InstallError."""
     python = directory / "bin" / "python"
     if not python.exists():
-        say(f"1/3 virtual environment in {directory} (Python {sys.version.split()[0]})")
+        say(f"1/4 virtual environment in {directory} (Python {sys.version.split()[0]})")
         try:
             venv.create(directory, with_pip=True, symlinks=True)
         except (subprocess.CalledProcessError, OSError) as error:
