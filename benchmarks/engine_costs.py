@@ -29,7 +29,7 @@ def bytes_read(config: ModelConfig, *, num_tokens: int, experts_touched: float, 
 def multiply_adds(config: ModelConfig, *, num_tokens: int, context: int) -> float:
     """Multiply-adds of a pass over `num_tokens` tokens after `context` positions, logits of every token included."""
     mlps = config.experts_per_token if config.num_experts else 1
-    per_token = config.num_layers * (_attention(config) + _router(config) + mlps * _mlp(config))
+    per_token: float = config.num_layers * (_attention(config) + _router(config) + mlps * _mlp(config))
     per_token += config.vocab_size * config.hidden_size
     per_token += config.num_layers * 2 * config.num_heads * config.head_dim * (context + num_tokens / 2)
     return num_tokens * per_token

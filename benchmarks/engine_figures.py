@@ -114,11 +114,14 @@ def tables_of(results: Sequence[Measured]) -> list[Table]:
 
 
 def _decode_table(results: Sequence[Measured]) -> Table:
-    columns = (f"plain greedy decoding, ms a token, median (min to max); {WIDENED}", "parameters", "MB a token")
-    columns += ("GB/s measured", "floor, ms", OURS, "of bandwidth", "outside kernels", *PEERS, "ours over llama.cpp")
+    columns = (
+        f"plain greedy decoding, ms a token, median (min to max); {WIDENED}",
+        *("parameters", "MB a token", "GB/s measured", "floor, ms", OURS, "of bandwidth", "outside kernels"),
+        *PEERS,
+        "ours over llama.cpp",
+    )
     rows = []
     for each in results:
-        others = _other_share(each)
         rows.append(
             (
                 each.prepared.size.name,
@@ -128,7 +131,7 @@ def _decode_table(results: Sequence[Measured]) -> Table:
                 f"{floor_ms(each):.3f}",
                 _spread(each, OURS, _ms),
                 f"{bandwidth_share(each):.0%}",
-                f"{others:.1%}",
+                f"{_other_share(each):.1%}",
                 *(f"{_spread(each, peer, _ms)}{_agreement(each, peer)}" for peer in PEERS),
                 _number(_speed_over_llama(each)),
             )
@@ -145,8 +148,11 @@ def _prefill_table(results: Sequence[Measured]) -> Table:
 
 
 def _pass_table(results: Sequence[Measured]) -> Table:
-    columns = (f"passes over n tokens as multiples of one; {WIDENED}", "n", "experts a layer", "bytes(n)/bytes(1)")
-    columns += ("products(n)/T(1)", "floor", "ours, ms", "ours T(n)/T(1)", "over floor", "llama.cpp T(n)/T(1)")
+    columns = (
+        f"passes over n tokens as multiples of one; {WIDENED}",
+        *("n", "experts a layer", "bytes(n)/bytes(1)", "products(n)/T(1)", "floor"),
+        *("ours, ms", "ours T(n)/T(1)", "over floor", "llama.cpp T(n)/T(1)"),
+    )
     rows = []
     for each in results:
         for number in _tree_sizes(each):

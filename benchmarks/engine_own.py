@@ -37,9 +37,9 @@ class KernelClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        # Where the engine calls the two kernels that are no decoder's.
-        setattr(sampling, "choose", self.timed(sampling.choose))  # noqa: B010 - types forbid to set it plainly
-        setattr(passes, "top_logprobs", self.timed(passes.top_logprobs))  # noqa: B010
+        # Where the engine calls the two kernels that are not the decoder's.
+        for module, name in ((sampling, "choose"), (passes, "top_logprobs")):
+            setattr(module, name, self.timed(getattr(module, name)))
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, its time added to `seconds`."""
