@@ -29,7 +29,7 @@ import torch
 
 from deploy.local.queries import builtin_streams
 from slipstream.engine.decoders import check_device
-from slipstream.engine.engine import Engine
+from slipstream.engine.engine import Engine, OpenDecoder
 from slipstream.engine.plan import BLOCK_TOKENS, NO_NODE, StepPlan
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
 from slipstream.engine.scheduler import EngineLimits
@@ -104,7 +104,7 @@ def reference_logits(weights: DecoderWeights, token_ids: Sequence[int]) -> torch
 
 
 def compare_logits(
-    checkpoint: Checkpoint, weights: DecoderWeights, prompts: Sequence[tuple[int, ...]], device: str
+    checkpoint: Checkpoint, weights: DecoderWeights, *, prompts: Sequence[tuple[int, ...]], device: str
 ) -> dict[str, float]:
     """How far the device's logits stand from the reference, and between which tokens that matters."""
     largest, num_equal, num_positions, gaps = 0.0, 0, 0, [0.0]
@@ -167,7 +167,7 @@ def blocks_per_sequence() -> int:
     return -(-(CONTEXT_TOKENS + 1) // BLOCK_TOKENS)
 
 
-def time_steps(checkpoint: Checkpoint, sizes: Sizes, device: str) -> list[dict[str, Any]]:
+def time_steps(checkpoint: Checkpoint, sizes: Sizes, *, device: str) -> list[dict[str, Any]]:
     """Median ms of a pass for each batch and number of nodes, in both ways of running a step, alternating."""
     most = max(sizes.batches)
     kinds: tuple[StepKind, StepKind] = ("exact", "static") if device == "cpu" else ("static", "captured")
@@ -211,7 +211,13 @@ def synchronise() -> None:
 
 
 def serve(
-    target: Checkpoint, draft: Checkpoint | None, prompts: Sequence[tuple[int, ...]], sizes: Sizes, device: str
+    target: Checkpoint,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    draft: Checkpoint | None,
+    sizes: Sizes,
+    device: str,
+    decoders: OpenDecoder = open_torch,
 ) -> tuple[list[list[int]], float]:
     """Greedy tokens of every prompt, and output tokens per second."""
     engine = Engine(
@@ -229,13 +235,13 @@ def serve(
         observe=lambda _: None,
         metrics=ReplicaMetrics(),
         device=device,
-        decoders=open_torch,
+        decoders=decoders,
     )
     if draft is not None:
         engine.install_draft(draft, version=1)
     blocks: list[list[TokenBlock]] = [[] for _ in prompts]
     for index, prompt in enumerate(prompts):
-        engine.submit(request(index, prompt, sizes.max_tokens), blocks[index].append)
+        engine.submit(request(index, prompt, max_tokens=sizes.max_tokens), blocks[index].append)
     started = time.perf_counter()
     while engine.step():
         pass
@@ -244,7 +250,7 @@ def serve(
     return outputs, sum(map(len, outputs)) / seconds
 
 
-def request(index: int, prompt: tuple[int, ...], max_tokens: int) -> Request:
+def request(index: int, prompt: tuple[int, ...], *, max_tokens: int) -> Request:
     """A greedy request that runs to `max_tokens`."""
     return Request(
         request_id=str(index),
@@ -258,9 +264,10 @@ def request(index: int, prompt: tuple[int, ...], max_tokens: int) -> Request:
 
 
 def gap_at_first_difference(
-    weights: DecoderWeights, prompt: tuple[int, ...], first: Sequence[int], second: Sequence[int]
+    weights: DecoderWeights, prompt: tuple[int, ...], *, outputs: tuple[Sequence[int], Sequence[int]]
 ) -> float | None:
     """How much apart the reference's logits of the two tokens are where two outputs part; None if they are equal."""
+    first, second = outputs
     length = next((index for index, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]), None)
     if length is None:
         return None
@@ -271,16 +278,19 @@ def gap_at_first_difference(
 def compare_speculation(
     target: Checkpoint,
     draft: Checkpoint,
+    *,
     weights: DecoderWeights,
     prompts: Sequence[tuple[int, ...]],
-    *,
     sizes: Sizes,
     device: str,
 ) -> dict[str, Any]:
     """Serve the prompts with and without the draft, and count where the tokens part."""
-    plain, plain_rate = serve(target, None, prompts, sizes, device)
-    drafted, drafted_rate = serve(target, draft, prompts, sizes, device)
-    found = [gap_at_first_difference(weights, *three) for three in zip(prompts, plain, drafted, strict=True)]
+    plain, plain_rate = serve(target, prompts, draft=None, sizes=sizes, device=device)
+    drafted, drafted_rate = serve(target, prompts, draft=draft, sizes=sizes, device=device)
+    pairs = zip(plain, drafted, strict=True)
+    found = [
+        gap_at_first_difference(weights, prompt, outputs=pair) for prompt, pair in zip(prompts, pairs, strict=True)
+    ]
     gaps = sorted(gap for gap in found if gap is not None)
     return {
         "prompts": len(prompts),
@@ -318,9 +328,9 @@ def main() -> int:
         "checkpoint": arguments.checkpoint.name,
         "parameters": sum(weight.numel() for weight in target.weights.values()),
         "prompts": kind,
-        "logits": compare_logits(target, weights, prompts, device),
-        "speculation": compare_speculation(target, draft, weights, prompts, sizes=sizes, device=device),
-        "steps": time_steps(target, sizes, device),
+        "logits": compare_logits(target, weights, prompts=prompts, device=device),
+        "speculation": compare_speculation(target, draft, weights=weights, prompts=prompts, sizes=sizes, device=device),
+        "steps": time_steps(target, sizes, device=device),
     }
     print(json.dumps(figures, indent=2))
     return 0

@@ -8,6 +8,7 @@ attend to is position 0 of block 0.
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -44,31 +45,9 @@ class StepShape(NamedTuple):
     num_nodes: int
     num_logits: int
 
-    @property
-    def fields(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """Names and shapes of the int32 arrays of a `TiledStep`, in the order in which they lie in its buffer."""
-        rows, tiles = (self.num_rows,), (self.num_tiles, self.tile_rows)
-        return (
-            ("ids_T", rows),
-            ("positions_T", rows),
-            ("write_places_T", rows),
-            ("tile_places_T", rows),
-            ("logit_rows_X", (self.num_logits,)),
-            ("tile_rows_GW", tiles),
-            ("num_committed_GW", tiles),
-            ("blocks_GC", (self.num_tiles, self.num_blocks)),
-            ("node_places_GN", (self.num_tiles, self.num_nodes)),
-        )
-
-    @property
-    def num_ints(self) -> int:
-        """Length of a step's int32 buffer: the arrays, then one byte for each (tile, row, node), rounded up."""
-        num_bytes = self.num_tiles * self.tile_rows * self.num_nodes
-        return sum(_size(shape) for _, shape in self.fields) - (-num_bytes // 4)
-
 
 class TiledStep(NamedTuple):
-    """The arrays of one pass, all of them views of one int32 buffer on the device.
+    """The arrays of one pass, all of them int32 views of one buffer, on the host or on the device.
 
     `tile_rows_GW` are packed rows and `tile_places_T` the way back (into G * W). Row (g, w) sees the positions
     [0, num_committed_GW) of its tile's blocks and the nodes of its tile that `sees_node_GWN` (uint8) marks.
@@ -87,14 +66,28 @@ class TiledStep(NamedTuple):
 
 
 def views(buffer: Tensor, shape: StepShape) -> TiledStep:
-    """The arrays of a step that lie in this int32 buffer of `shape.num_ints`."""
-    arrays, start = [], 0
-    for _, sizes in shape.fields:
-        arrays.append(buffer[start : start + _size(sizes)].view(sizes))
-        start += _size(sizes)
-    sees_node = buffer[start:].view(torch.uint8)
-    sizes = (shape.num_tiles, shape.tile_rows, shape.num_nodes)
-    return TiledStep(*arrays, sees_node[: _size(sizes)].view(sizes))
+    """The arrays of a step that lie in this int32 buffer of `num_ints(shape)`, one behind the other."""
+    sizes = _sizes(shape)
+    lengths = [prod(each) for each in sizes]
+    *arrays, marks = buffer.split([*lengths, len(buffer) - sum(lengths)])
+    sees_node = marks.view(torch.uint8)[: shape.num_tiles * shape.tile_rows * shape.num_nodes]
+    return TiledStep(
+        *(array.view(each) if len(each) > 1 else array for array, each in zip(arrays, sizes, strict=True)),
+        sees_node.view(shape.num_tiles, shape.tile_rows, shape.num_nodes),
+    )
+
+
+def num_ints(shape: StepShape) -> int:
+    """Length of a step's int32 buffer: its int32 arrays, then the bytes of `sees_node_GWN`, rounded up."""
+    num_bytes = shape.num_tiles * shape.tile_rows * shape.num_nodes
+    return sum(map(prod, _sizes(shape))) - (-num_bytes // 4)
+
+
+def _sizes(shape: StepShape) -> tuple[tuple[int, ...], ...]:
+    """Sizes of a `TiledStep`'s int32 arrays, in its order."""
+    rows, tiles = (shape.num_rows,), (shape.num_tiles, shape.tile_rows)
+    blocks, nodes = (shape.num_tiles, shape.num_blocks), (shape.num_tiles, shape.num_nodes)
+    return rows, rows, rows, rows, (shape.num_logits,), tiles, tiles, blocks, nodes
 
 
 class SequenceNodes(NamedTuple):
@@ -143,35 +136,27 @@ def lay_out(plan: StepPlan, *, is_padded: bool) -> Layout:
     return Layout(shape, tiles_T.astype(np.int32), (ranks % tile_rows).astype(np.int32), sequences_G, nodes)
 
 
-def fill(buffer: Int32, plan: StepPlan, layout: Layout, *, first_node_place: int, scrap_place: int) -> None:
-    """Write a plan into a step's buffer of `layout.shape.num_ints`; places are rows of the cache."""
-    shape = layout.shape
-    buffer.fill(0)
-    arrays: dict[str, NDArray[np.int32]] = {}
-    start = 0
-    for name, sizes in shape.fields:
-        arrays[name] = buffer[start : start + _size(sizes)].reshape(sizes)
-        start += _size(sizes)
-    sees_node = buffer[start:].view(np.uint8)[: shape.num_tiles * shape.tile_rows * shape.num_nodes]
-    num_rows, num_tiles = len(plan.ids_T), len(layout.sequences_G)
-    arrays["ids_T"][:num_rows] = plan.ids_T
-    arrays["positions_T"][:num_rows] = plan.positions_T
-    arrays["write_places_T"][:num_rows] = _write_places(plan, first_node_place)
-    arrays["write_places_T"][num_rows:] = scrap_place
-    arrays["tile_places_T"][:num_rows] = layout.tiles_T * shape.tile_rows + layout.lanes_T
-    arrays["logit_rows_X"][: len(plan.logit_rows_X)] = plan.logit_rows_X
-    arrays["tile_rows_GW"][layout.tiles_T, layout.lanes_T] = np.arange(num_rows)
+def fill(buffer: Tensor, plan: StepPlan, layout: Layout, *, first_node_place: int, scrap_place: int) -> None:
+    """Write a plan into a host buffer of `num_ints(layout.shape)` int32; places are rows of the cache."""
+    buffer.zero_()
+    shape, step = layout.shape, views(buffer, layout.shape)
+    num_rows, lanes = len(plan.ids_T), (layout.tiles_T, layout.lanes_T)
+    step.ids_T.numpy()[:num_rows] = plan.ids_T
+    step.positions_T.numpy()[:num_rows] = plan.positions_T
+    write_places_T = step.write_places_T.numpy()
+    write_places_T[:num_rows], write_places_T[num_rows:] = _write_places(plan, first_node_place), scrap_place
+    step.tile_places_T.numpy()[:num_rows] = layout.tiles_T * shape.tile_rows + layout.lanes_T
+    step.logit_rows_X.numpy()[: len(plan.logit_rows_X)] = plan.logit_rows_X
+    step.tile_rows_GW.numpy()[lanes] = np.arange(num_rows)
     # Lanes without a row see position 0, so that no softmax is over nothing.
-    arrays["num_committed_GW"].fill(1)
-    arrays["num_committed_GW"][layout.tiles_T, layout.lanes_T] = plan.num_committed_T
+    step.num_committed_GW.fill_(1).numpy()[lanes] = plan.num_committed_T
     width = min(plan.block_tables_BC.shape[1], shape.num_blocks)
-    arrays["blocks_GC"][:num_tiles, :width] = plan.block_tables_BC[layout.sequences_G, :width]
-    # Entries of a table past the sequence's blocks may hold anything; they are masked, but must be places.
-    np.maximum(arrays["blocks_GC"], 0, out=arrays["blocks_GC"])
+    tables_GC = plan.block_tables_BC[layout.sequences_G, :width]
+    # Entries of a table behind the sequence's blocks may hold anything; they are masked, but must be places.
+    most = first_node_place // BLOCK_TOKENS - 1
+    step.blocks_GC.numpy()[: len(tables_GC), :width] = tables_GC.clip(0, most)
     if shape.num_nodes:
-        _fill_nodes(arrays["node_places_GN"], layout, first_node_place)
-        tiles, lanes = layout.tiles_T[layout.nodes.rows], layout.lanes_T[layout.nodes.rows]
-        sees_node.reshape(shape.num_tiles, shape.tile_rows, -1)[tiles, lanes, layout.nodes.columns] = 1
+        _fill_nodes(step, layout, first_node_place)
 
 
 def padded(exact: StepShape) -> StepShape:
@@ -191,13 +176,6 @@ def bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length() if size <= LARGE else -(-size // LARGE) * LARGE
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
 def _ranks_within(sequences_T: Int32, rows_of_B: NDArray[np.intp]) -> NDArray[np.intp]:
     """How many earlier rows of the plan belong to each row's sequence."""
     order = np.argsort(sequences_T, kind="stable")
@@ -215,10 +193,12 @@ def _write_places(plan: StepPlan, first_node_place: int) -> Int32:
 
 
 def _nodes_of_sequences(plan: StepPlan, num_sequences: int) -> SequenceNodes:
-    """Each row sees its ancestors, and a node sees itself, whether or not the plan lists it among its ancestors."""
-    own = np.flatnonzero(plan.node_slots_T != NO_NODE)
-    rows = np.concatenate([np.repeat(np.arange(len(plan.ids_T)), np.diff(plan.ancestor_starts)), own])
-    slots = np.concatenate([plan.ancestors, plan.node_slots_T[own]]).astype(np.int64)
+    """Each row sees its ancestors; a node is the last of its own."""
+    if not len(plan.ancestors):
+        none = np.zeros(0, np.int32)
+        return SequenceNodes(none, np.zeros(num_sequences + 1, np.int32), none, none)
+    rows = np.repeat(np.arange(len(plan.ids_T)), np.diff(plan.ancestor_starts))
+    slots = plan.ancestors.astype(np.int64)
     sequences = plan.sequences_T[rows].astype(np.int64)
     keys, inverse = np.unique((sequences << 32) + slots, return_inverse=True)
     starts = np.searchsorted(keys >> 32, np.arange(num_sequences + 1))
@@ -228,8 +208,10 @@ def _nodes_of_sequences(plan: StepPlan, num_sequences: int) -> SequenceNodes:
     )
 
 
-def _fill_nodes(node_places_GN: Int32, layout: Layout, first_node_place: int) -> None:
-    slots, starts = layout.nodes.slots, layout.nodes.starts
+def _fill_nodes(step: TiledStep, layout: Layout, first_node_place: int) -> None:
+    slots, starts, rows, columns = layout.nodes
+    step.sees_node_GWN.numpy()[layout.tiles_T[rows], layout.lanes_T[rows], columns] = 1
+    node_places_GN = step.node_places_GN.numpy()
     for tile, sequence in enumerate(layout.sequences_G):
         of_sequence = slots[starts[sequence] : starts[sequence + 1]]
         node_places_GN[tile, : len(of_sequence)] = of_sequence + first_node_place

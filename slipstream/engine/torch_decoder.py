@@ -23,7 +23,7 @@ from torch.nn import functional
 from slipstream.engine.captured import CapturedSteps
 from slipstream.engine.plan import BLOCK_TOKENS, Move, StepOutput, StepPlan
 from slipstream.engine.products import StackedExperts, mixed_linear, run_experts
-from slipstream.engine.tiling import StepShape, TiledStep, fill, lay_out, views
+from slipstream.engine.tiling import StepShape, TiledStep, fill, lay_out, num_ints, views
 from slipstream.models.decoder import DecoderWeights, LayerWeights, decode, logits_of
 
 StepKind = Literal["exact", "static", "captured"]
@@ -90,9 +90,9 @@ class TorchDecoder:
             raise ValueError(f"the plan has {num_rows} rows, this decoder was built for max_rows={self._max_rows}")
         layout = lay_out(plan, is_padded=self._is_padded)
         # Pinned memory comes from torch's cache of it, which gives none back before its copies have run.
-        host = torch.empty(layout.shape.num_ints, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        host = torch.empty(num_ints(layout.shape), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         places = (self._first_node_place, self._scrap_place)
-        fill(host.numpy(), plan, layout, first_node_place=places[0], scrap_place=places[1])
+        fill(host, plan, layout, first_node_place=places[0], scrap_place=places[1])
         if self._captured is None:
             logits_XV, expert_ids_TLK = self._compute(host.to(self._device, non_blocking=True), layout.shape)
         else:

@@ -104,7 +104,7 @@ def test_bf16_changes_the_most_likely_token_only_between_near_equals(
     target: Checkpoint, weights: DecoderWeights, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, prompts = load_prompts(MODELS / "mix-moe-11m", 16, vocab_size=target.config.vocab_size)
-    figures = compare_logits(target, weights, prompts, "cuda")
+    figures = compare_logits(target, weights, prompts=prompts, device="cuda")
     with capsys.disabled():
         print(f"\nbf16 on CUDA against fp32: {figures}")
     assert figures["largest_gap_where_not"] < NEARLY_EQUAL
@@ -115,7 +115,7 @@ def test_speculation_changes_tokens_only_between_near_equals(
 ) -> None:
     draft = load_checkpoint(MODELS / "draft-2m-sibling")
     _, prompts = load_prompts(MODELS / "mix-moe-11m", 16, vocab_size=target.config.vocab_size)
-    figures = compare_speculation(target, draft, weights, prompts, sizes=QUICK, device="cuda")
+    figures = compare_speculation(target, draft, weights=weights, prompts=prompts, sizes=QUICK, device="cuda")
     with capsys.disabled():
         print(f"\nspeculation on CUDA in bf16: {figures}")
     assert figures["largest_gap"] < NEARLY_EQUAL
