@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -108,12 +108,17 @@ def test_transformers_reads_what_save_checkpoint_writes(family: Family, ties_emb
     assert torch.equal(reference_logits(written, ids_BT), reference_logits(made, ids_BT))
 
 
-@pytest.mark.parametrize("fields", [{"rope_theta": 500.0}, {"rope_theta": 1e6}])
+@pytest.mark.parametrize("is_old", [False, True], ids=["rope_parameters", "rope_theta"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_rotary_base_is_read_from_either_place(family: Family, fields: dict[str, Any], tmp_path: Path) -> None:
-    rope = {"rope_type": "default", **fields}
+def test_the_rotary_base_is_read_from_either_place(family: Family, is_old: bool, tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 500.0}
     directory = random_checkpoint(family, tmp_path, rope_parameters=rope)
-    assert load_checkpoint(directory).config.rope_theta == fields["rope_theta"]
+    if is_old:
+        path = directory / "config.json"
+        fields = json.loads(path.read_text())
+        del fields["rope_parameters"]
+        path.write_text(json.dumps(fields | {"rope_theta": 500.0, "rope_scaling": None}))
+    assert load_checkpoint(directory).config.rope_theta == 500.0
     assert largest_difference(directory, length=MAX_POSITIONS) < TOLERANCE
 
 
