@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,9 +41,12 @@ class Capture(Protocol):
 
 
 class GraphCapture:
-    """A CUDA graph of one step; kernels are recorded at construction and run at `replay`."""
+    """A CUDA graph of one step; kernels are recorded at construction and run at `replay`.
 
-    def __init__(self, compute: Compute, buffer: Tensor, shape: StepShape, *, pool: tuple[int, int]) -> None:
+    `pool` is the handle of the memory pool that its graphs share.
+    """
+
+    def __init__(self, compute: Compute, buffer: Tensor, shape: StepShape, *, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         # Another thread may load a draft meanwhile: what it allocates must not end the capture.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):

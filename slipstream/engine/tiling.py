@@ -71,10 +71,8 @@ def views(buffer: Tensor, shape: StepShape) -> TiledStep:
     lengths = [prod(each) for each in sizes]
     *arrays, marks = buffer.split([*lengths, len(buffer) - sum(lengths)])
     sees_node = marks.view(torch.uint8)[: shape.num_tiles * shape.tile_rows * shape.num_nodes]
-    return TiledStep(
-        *(array.view(each) if len(each) > 1 else array for array, each in zip(arrays, sizes, strict=True)),
-        sees_node.view(shape.num_tiles, shape.tile_rows, shape.num_nodes),
-    )
+    shaped = [array.view(each) if len(each) > 1 else array for array, each in zip(arrays, sizes, strict=True)]
+    return TiledStep._make([*shaped, sees_node.view(shape.num_tiles, shape.tile_rows, shape.num_nodes)])
 
 
 def num_ints(shape: StepShape) -> int:

@@ -151,14 +151,15 @@ class TorchDecoder:
         keys, values = self._cache[:, layer]
         keys[view.write_places_T], values[view.write_places_T] = key_THd.to(keys), value_THd.to(keys)
         tiles = query_THd.to(keys)[view.tile_rows_GW].unflatten(2, (self.config.num_kv_heads, -1))
-        out = functional.scaled_dot_product_attention(
+        out: Tensor = functional.scaled_dot_product_attention(
             tiles.permute(0, 2, 3, 1, 4).flatten(2, 3),
             keys[view.places_GC].transpose(1, 2),
             values[view.places_GC].transpose(1, 2),
             attn_mask=view.is_visible,
         )
         out = out.unflatten(2, (-1, tiles.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        return out.flatten(0, 1)[view.tile_places_T].to(query_THd)
+        rows_THd: Tensor = out.flatten(0, 1)[view.tile_places_T]
+        return rows_THd.to(query_THd)
 
 
 def _placed(
