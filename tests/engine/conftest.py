@@ -20,6 +20,7 @@ from slipstream.engine.decoders import open_decoder
 from slipstream.engine.engine import Engine, OpenDecoder
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
 from slipstream.engine.scheduler import EngineLimits
+from slipstream.engine.stops import TokenBytes
 from slipstream.models.checkpoint import Checkpoint, load_checkpoint
 from slipstream.records import Observation
 from slipstream.telemetry import ReplicaMetrics
@@ -105,6 +106,8 @@ class Served(msgspec.Struct, kw_only=True):
     limits: EngineLimits = LIMITS
     may_train: bool = True
     seed: int = 1000
+    num_logprobs: int | None = None
+    token_bytes: TokenBytes | None = None
     more: dict[str, Any] = {}
 
 
@@ -121,6 +124,7 @@ def make_engine(target: Checkpoint, served: Served, observations: list[Observati
         observe=observations.append,
         metrics=metrics,
         decoders=served.decoders,
+        token_bytes=served.token_bytes,
     )
     if served.draft is not None:
         engine.install_draft(served.draft, version=1)
@@ -146,6 +150,7 @@ def request_for(index: int, prompt: Sequence[int], served: Served) -> Request:
         domain="math",
         may_train=served.may_train,
         arrived_at=0.0,
+        num_logprobs=served.num_logprobs,
     )
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import random
 import threading
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import LIMITS, Served, make_engine, request_for, serve
+from conftest import LIMITS, MODELS, Served, make_engine, request_for, serve
+from tokenizers import Tokenizer
+from trees import TreeDrafter, deep, hidden_path
 
+from services.target.text_stream import TokenBytes
 from slipstream.acceptance import acceptance_length, acceptance_rate, count
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
 from slipstream.engine.runner import EngineRunner
+from slipstream.engine.stops import StopStrings
 from slipstream.errors import ArtifactRejected, EngineStopped, QueueFull, RequestError
 from slipstream.models.checkpoint import Checkpoint
 from slipstream.models.decoder import causal_logits, initial_draft
@@ -69,6 +75,20 @@ def test_every_output_token_comes_in_one_block_and_only_the_last_block_says_why(
         (a_request((1, 2), max_tokens=2000), ["2 tokens", "2002", "1024"]),
         (a_request((1, 5000)), ["5000", "4095"]),
         (a_request((1,), seed=2**63), ["seed", "2**63"]),
+        (a_request((1,), temperature=-0.5), ["temperature is -0.5", "0 <= temperature"]),
+        (a_request((1,), temperature=math.nan), ["temperature is nan", "finite"]),
+        (a_request((1,), temperature=math.inf), ["temperature is inf", "finite"]),
+        (a_request((1,), top_k=-1), ["top_k is -1", "0 (off)"]),
+        (a_request((1,), top_p=0.0), ["top_p is 0.0", "0 < top_p <= 1"]),
+        (a_request((1,), top_p=math.nan), ["top_p is nan", "0 < top_p <= 1"]),
+        (a_request((1,), min_p=1.1), ["min_p is 1.1", "0 <= min_p <= 1"]),
+        (a_request((1,), repetition_penalty=0.0), ["repetition_penalty is 0.0", "above 0"]),
+        (a_request((1,), presence_penalty=2.5), ["presence_penalty is 2.5", "-2 <= presence_penalty <= 2"]),
+        (a_request((1,), frequency_penalty=-2.5), ["frequency_penalty is -2.5", "-2 <= frequency_penalty <= 2"]),
+        (a_request((1,), logit_bias=((4096, 1.0),)), ["logit_bias", "4096", "4095"]),
+        (a_request((1,), logit_bias=((1, -100.5),)), ["logit_bias is -100.5", "-100 <= logit_bias <= 100"]),
+        (a_request((1,), stop_strings=("end",)), ["stop strings", "stop_token_ids"]),
+        (msgspec.structs.replace(a_request((1,)), num_logprobs=21), ["logprobs is 21", "0..20"]),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_with_the_values(
@@ -79,6 +99,14 @@ def test_a_request_that_cannot_be_served_is_refused_with_the_values(
         engine.submit(request_, lambda _: None)
     assert all(word in str(error.value) for word in words)
     assert error.value.param
+
+
+def test_a_request_that_can_never_fit_the_cache_is_refused(target: Checkpoint) -> None:
+    served = Served(limits=msgspec.structs.replace(LIMITS, num_blocks=4))
+    engine = make_engine(target, served, [], ReplicaMetrics())
+    engine.submit(a_request((1,) * 56, max_tokens=8), lambda _: None)
+    with pytest.raises(RequestError, match="together 65; the K/V cache holds 64 positions"):
+        engine.submit(a_request((1,) * 57, max_tokens=8), lambda _: None)
 
 
 def test_the_queue_is_bounded(target: Checkpoint, prompts: Prompts) -> None:
@@ -229,3 +257,159 @@ def test_a_step_that_breaks_fails_its_requests_and_the_next_ones_are_served(
     runner.stop(10)
     with pytest.raises(EngineStopped):
         runner.submit(a_request(prompts[0], name="three"), on_block)
+
+
+def token_bytes() -> list[bytes]:
+    """The bytes of every token of the reference tokenizer."""
+    table = TokenBytes(Tokenizer.from_file(str(MODELS / "mix-moe-11m" / "tokenizer.json")))
+    return [table[token] for token in range(4096)]
+
+
+@pytest.mark.usefixtures("exact_kernels")
+def test_a_stop_string_ends_the_request_with_the_token_that_completes_it(target: Checkpoint, prompts: Prompts) -> None:
+    spelled = token_bytes()
+    few = prompts[16:40:3]
+    plain = serve(target, few, Served(max_tokens=40))
+    futures = {1000 + n: (*few[n], *output) for n, output in enumerate(plain.outputs)}
+    drafters = (None, TreeDrafter(deep, futures), TreeDrafter(hidden_path, futures))
+    rng = random.Random(3)
+    num_inside = 0
+    for drafter in drafters:
+        text = b"".join(spelled[token] for token in rng.choice(plain.outputs)).decode("utf-8", "ignore")
+        start = rng.randrange(len(text) // 2)
+        stops = (text[start : start + 7], "never said anywhere")
+        served = Served(drafter=drafter, max_tokens=40, token_bytes=spelled.__getitem__, more={"stop_strings": stops})
+        served.limits = msgspec.structs.replace(LIMITS, num_draft_tokens=9)
+        run = serve(target, few, served)
+        for output, whole, blocks in zip(run.outputs, plain.outputs, run.blocks, strict=True):
+            said = [b"".join(spelled[token] for token in whole[: n + 1]) for n in range(len(whole))]
+            ends = [n + 1 for n, one in enumerate(said) if stops[0].encode() in one]
+            assert output == whole[: ends[0]] if ends else output == whole
+            assert blocks[-1].finish_reason == ("stop" if ends or output[-1] == 0 else "length")
+            num_inside += bool(ends) and len(blocks[-1].token_ids) <= blocks[-1].num_accepted
+    assert num_inside >= 1
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "completed"),
+    [
+        (("ab",), [b"a", b"b"], [False, True]),
+        (("ab",), [b"xa", b"", b"bx"], [False, False, True]),
+        (("aab",), [b"a", b"a", b"a", b"b"], [False, False, False, True]),
+        (("b",), [b"a", b"ab"], [False, True]),
+        (("b", "long one"), [b"a", b"a long", b" one"], [False, False, True]),
+        (("é",), ["é".encode()[:1], "é".encode()[1:]], [False, True]),
+    ],
+)
+def test_a_stop_string_may_straddle_tokens(stops: tuple[str, ...], pieces: list[bytes], completed: list[bool]) -> None:
+    watch = StopStrings(stops, pieces.__getitem__)
+    assert [watch.completed_by(token) for token in range(len(pieces))] == completed
+
+
+@pytest.mark.usefixtures("exact_kernels")
+def test_log_probabilities_are_the_targets_own_whatever_was_drafted(
+    target: Checkpoint, sibling: Checkpoint, prompts: Prompts
+) -> None:
+    asked = {"temperature": 0.7, "max_tokens": 24, "num_logprobs": 3, "may_train": False, "top_k": 5}
+    plain = serve(target, prompts[:4], Served(**asked))
+    drafted = serve(target, prompts[:4], Served(draft=sibling, **asked))
+    assert plain.outputs == drafted.outputs
+    for index, output in enumerate(plain.outputs):
+        said = [[one for block in run.blocks[index] for one in block.logprobs] for run in (plain, drafted)]
+        assert said[0] == said[1]
+        ids = torch.tensor([[*prompts[index], *output]])
+        logprobs = causal_logits(target.config, target.weights, ids)[0].log_softmax(-1)[len(prompts[index]) - 1 : -1]
+        for one, token, logprobs_V in zip(said[0], output, logprobs, strict=True):
+            assert abs(one.logprob - float(logprobs_V[token])) < 1e-3
+            top = logprobs_V.topk(3)
+            assert [token for token, _ in one.top] == top.indices.tolist()
+            assert np.abs(np.array([logprob for _, logprob in one.top]) - top.values.numpy()).max() < 1e-3
+
+
+def test_a_request_may_ask_for_more_log_probabilities_than_are_observed(target: Checkpoint, prompts: Prompts) -> None:
+    run = serve(target, prompts[:2], Served(max_tokens=6, num_logprobs=20))
+    silent = serve(target, prompts[:2], Served(max_tokens=6))
+    assert {len(one.top) for blocks in run.blocks for block in blocks for one in block.logprobs} == {20}
+    assert all(block.logprobs == () for blocks in silent.blocks for block in blocks)
+    same = [msgspec.structs.replace(one, at=0.0) for one in run.observations]
+    assert same == [msgspec.structs.replace(one, at=0.0) for one in silent.observations]
+    none = serve(target, prompts[:1], Served(max_tokens=6, num_logprobs=0, may_train=False))
+    assert [one.top for block in none.blocks[0] for one in block.logprobs] == [()] * 6
+
+
+@pytest.mark.usefixtures("exact_kernels")
+def test_samples_of_a_call_differ_share_the_prompt_and_equal_themselves_alone(
+    target: Checkpoint, sibling: Checkpoint, prompts: Prompts
+) -> None:
+    prompt = max(prompts, key=len)
+    requests = [
+        msgspec.structs.replace(a_request(prompt, name=f"call-{n}", temperature=1.0, max_tokens=16, sample_index=n))
+        for n in range(6)
+    ]
+    metrics = ReplicaMetrics()
+    engine = make_engine(target, Served(draft=sibling), [], metrics)
+    together = answers(engine, requests)
+    assert len({tuple(tokens) for tokens in together}) >= 5
+    hits = metrics.registry.get_sample_value("slipstream_prefix_hit_tokens_total")
+    assert hits == 5 * ((len(prompt) - 1) // 16 * 16)
+    alone = [answers(make_engine(target, Served(), [], ReplicaMetrics()), [request])[0] for request in requests]
+    assert alone == together
+
+
+def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    blocks: list[list[TokenBlock]] = [[] for _ in requests]
+    for request, some in zip(requests, blocks, strict=True):
+        engine.submit(request, some.append)
+    while engine.step():
+        pass
+    return [[token for block in some for token in block.token_ids] for some in blocks]
+
+
+def test_many_requests_that_come_and_leave_at_random_lose_no_block_and_no_end(
+    target: Checkpoint, sibling: Checkpoint, prompts: Prompts
+) -> None:
+    rng = random.Random(5)
+    sizes = msgspec.structs.replace(LIMITS, num_blocks=70, max_step_tokens=96)
+    observations: list[Observation] = []
+    engine = make_engine(target, Served(draft=sibling, limits=sizes), observations, ReplicaMetrics())
+    ended: dict[str, str] = {}
+    cancelled: set[str] = set()
+    for number in range(240):
+        prompt = rng.choice(prompts) * rng.choice([1, 1, 1, 3])
+        name = f"request-{number}"
+        request = a_request(prompt, name=name, seed=number, temperature=1.0, max_tokens=rng.randrange(1, 30))
+
+        def on_block(block: TokenBlock) -> None:
+            if block.finish_reason is not None:
+                assert block.request_id not in ended
+                ended[block.request_id] = block.finish_reason
+
+        engine.submit(request, on_block)
+        if rng.random() < 0.2:
+            left = f"request-{rng.randrange(max(number - 20, 0), number + 1)}"
+            cancelled.add(left)
+            engine.cancel(left)
+        while engine.num_running + engine.num_waiting > 32 or rng.random() < 0.3:
+            engine.step()
+    while engine.step():
+        pass
+    assert engine.num_free_blocks == 70
+    assert {f"request-{number}" for number in range(240)} - set(ended) <= cancelled
+    assert len(ended) > 150
+    assert set(ended.values()) <= {"stop", "length"}
+
+
+def test_a_broken_step_gives_every_block_back(target: Checkpoint, prompts: Prompts) -> None:
+    engine = make_engine(target, Served(), [], ReplicaMetrics())
+    blocks: list[TokenBlock] = []
+    for number in range(4):
+        engine.submit(request_for(number, prompts[number], Served()), blocks.append)
+    engine.step()
+    engine.step()
+    assert engine.num_free_blocks < LIMITS.num_blocks
+    engine.fail_all("broken")
+    assert engine.num_free_blocks == LIMITS.num_blocks
+    assert [block.error for block in blocks[-4:]] == ["broken"] * 4
+    assert answers(engine, [a_request(prompts[0], name="next")]) == answers(
+        make_engine(target, Served(), [], ReplicaMetrics()), [a_request(prompts[0])]
+    )
