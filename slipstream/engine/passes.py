@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
-import torch
 
 from slipstream.drafting.tree import DraftTree
 from slipstream.engine.batch import ObservedRows, RunningSequence
@@ -83,7 +82,7 @@ def note_what_was_said(passes: Sequence[Pass], plan: StepPlan, output: StepOutpu
     logprobs_T, top_ids_TN, top_logprobs_TN = (tensor.cpu().numpy() for tensor in said)
     experts_TLK = None
     if output.expert_ids_TLK is not None:
-        experts_TLK = output.expert_ids_TLK[torch.from_numpy(plan.logit_rows_X[rows])].cpu().numpy()
+        experts_TLK = output.expert_ids_TLK.cpu().numpy()[plan.logit_rows_X[rows]]
     first = 0
     for one in asked:
         part = slice(first, first + len(one.kept_ids))
