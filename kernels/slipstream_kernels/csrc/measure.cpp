@@ -54,11 +54,15 @@ float read(const float* data, int64_t num_floats, int num_passes) {
 }
 
 float multiply_add(int64_t num_rounds) {
-    Floats sums[kSums] = {};
+    Floats sums[kSums];
+    for (int sum = 0; sum < kSums; ++sum) sums[sum] = splat(float(sum));  // equal sums would be computed once
     Floats factor = splat(1.0f), addend = splat(1e-9f);
     for (int64_t round = 0; round < num_rounds; ++round) {
-#if defined(__GNUC__)
-        asm volatile("" : "+m"(factor), "+m"(addend));  // unknown again, or the rounds could be folded into one
+        // Unknown again in every round, or the compiler could fold the rounds into one.
+#if defined(__x86_64__) || defined(__i386__)
+        asm volatile("" : "+x"(factor), "+x"(addend));
+#elif defined(__GNUC__)
+        asm volatile("" : "+m"(factor), "+m"(addend));
 #endif
         for (int sum = 0; sum < kSums; ++sum) sums[sum] = fma(sums[sum], factor, addend);
         for (int sum = 0; sum < kSums; ++sum) sums[sum] = fma(sums[sum], factor, addend);
