@@ -41,15 +41,6 @@ def depths(tree: DraftTree) -> list[int]:
     return depth_of
 
 
-def path_to(tree: DraftTree, node: int) -> tuple[int, ...]:
-    """The nodes from the root's child down to `node`, itself included; none for ROOT."""
-    path = []
-    while node != ROOT:
-        path.append(node)
-        node = tree.parents[node]
-    return tuple(reversed(path))
-
-
 def checked(tree: DraftTree, *, vocab_size: int) -> DraftTree:
     """The tree, if it is one that can be verified.
 
