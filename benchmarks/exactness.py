@@ -269,9 +269,7 @@ def compare(
         )
         tokens, logprobs = num_different(served, reference)
         rate = acceptance_rate(count(one for seen in served.observations.values() for one in seen.rounds))
-        events = (
-            f"{len(served.in_flight)} / {served.total('preemptions'):.0f} / {served.total('prefix_hit_tokens'):.0f}"
-        )
+        pressure = (len(served.in_flight), served.total("preemptions"), served.total("prefix_hit_tokens"))
         counts = (len(served.outputs), sum(map(len, served.outputs)), tokens, logprobs)
         rows.append(
             (f"{temperature:g}", way.name, *map(str, counts), f"{rate:.3f}", *(f"{one:.0f}" for one in pressure))
