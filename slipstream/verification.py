@@ -7,7 +7,8 @@
 
 Equality rule: a child is accepted if and only if it equals the chosen token. Every emitted token is then the target's
 own, so output is the same for any tree, and for none (proof: induction along the path; Daliri et al., arXiv
-2408.07978, for a single draft).
+2408.07978, for a single draft). A drafter may look at the noise. Other rules can stand beside it behind the same
+signature; only they would ever raise the noise's redraw.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
 def verify(tree: DraftTree, chosen_ids: Sequence[int]) -> Verification:
     """Walk the tree with the target's choices.
 
-    `chosen_ids` has X + 1 entries: the token chosen at the root, then the one chosen at each node.
+    `chosen_ids` has X + 1 entries: the token chosen at the root, then the one chosen at each node. Entries off the
+    accepted path are not looked at. Of equal siblings the last counts.
     """
     assert len(chosen_ids) == len(tree.token_ids) + 1
     children = {

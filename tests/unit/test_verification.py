@@ -1,4 +1,7 @@
-"""The equality rule, exhaustively on small vocabularies, and rules that must not pass for it."""
+"""The equality rule, exhaustively, rules that must not pass for it, and which trees may be verified.
+
+Every tree of two levels over up to three tokens (smaller vocabularies are among them), every target sequence.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from slipstream.drafting.tree import ROOT, DraftTree, chain_tree
+from slipstream.drafting.tree import NO_DRAFT, ROOT, DraftTree, chain_tree, checked, depths
 from slipstream.verification import Verification, verify
 
 Rule = Callable[[DraftTree, Sequence[int]], Verification]
@@ -92,3 +95,37 @@ def test_a_mutant_is_caught(mutant: Rule) -> None:
 def test_a_chain_is_accepted_up_to_its_first_miss() -> None:
     verdict = verify(chain_tree([4, 5, 6], drafter="chain", version=1), [4, 5, 9, 7])
     assert verdict == Verification(path=(0, 1), token_ids=(4, 5, 9))
+
+
+def test_equal_siblings_lead_to_one_of_them() -> None:
+    twins = DraftTree(token_ids=(4, 4, 5), parents=(ROOT, ROOT, 1), drafter="test", version=1)
+    verdict = verify(twins, [4, 5, 5, 6])
+    assert verdict.token_ids in {(4, 5), (4, 5, 6)}
+    assert verdict.path[0] in {0, 1}
+
+
+def test_depths_count_the_nodes_of_a_path() -> None:
+    tree = DraftTree(token_ids=(1, 2, 3, 1, 2), parents=(ROOT, 0, ROOT, 1, 2), drafter="test", version=1)
+    assert depths(tree) == [1, 2, 1, 3, 2]
+    assert depths(NO_DRAFT) == []
+
+
+def test_every_tree_of_the_exhaustive_test_may_be_verified() -> None:
+    assert all(checked(tree, vocab_size=3) is tree for tree in trees())
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "parents", "message"),
+    [
+        ((1, 2), (ROOT,), "2 tokens and 1 parents"),
+        ((1, 2), (1, ROOT), "node 0 has parent 1"),
+        ((1,), (0,), "node 0 has parent 0"),
+        ((1,), (-2,), "node 0 has parent -2"),
+        ((1, 3), (ROOT, 0), "node 1 has token 3"),
+        ((-1,), (ROOT,), "node 0 has token -1"),
+        ((1, 2, 1), (ROOT, ROOT, ROOT), "node 2 repeats token 1 under parent -1"),
+    ],
+)
+def test_what_is_no_tree_is_refused(token_ids: tuple[int, ...], parents: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked(DraftTree(token_ids=token_ids, parents=parents, drafter="test", version=1), vocab_size=3)
