@@ -124,28 +124,63 @@ def noise(row: SampleRows, vocab_size: int) -> NDArray[np.float64]:
 
 def choose_reference(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
     """`choose` in plain torch: the definition."""
-    device = logits_XV.device
-    logits_XV = _without_nan(logits_XV)
-    greedy_X = logits_XV.argmax(dim=-1)
     if not rows_X["temperature"].any():
-        return greedy_X.int()
-    temperatures_X = torch.from_numpy(rows_X["temperature"].copy()).to(device)
-    is_greedy_X = temperatures_X == 0
-    scaled_XV = _relative(logits_XV) / torch.where(is_greedy_X, 1.0, temperatures_X).unsqueeze(1)
+        return _without_nan(logits_XV).argmax(dim=-1).int()
+    return choose_on_device(
+        logits_XV,
+        device_rows(rows_X, logits_XV.device),
+        has_top_k=bool(rows_X["top_k"].any()),
+        has_shares=bool(((rows_X["top_p"] < 1) | (rows_X["min_p"] > 0)).any()),
+    )
+
+
+class DeviceRows(NamedTuple):
+    """Sample rows as tensors [X] of one device: the first three float64, the others int64."""
+
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    position: Tensor
+    sample_index: Tensor
+    redraw: Tensor
+    top_k: Tensor
+
+
+def device_rows(rows_X: SampleRows, device: torch.device) -> DeviceRows:
+    """The rows on a device, in two transfers that nobody waits for."""
+    reals = np.stack([rows_X[name] for name in DeviceRows._fields[:3]])
+    integers = np.stack([rows_X[name].astype(np.int64) for name in DeviceRows._fields[3:]])
+    return DeviceRows(
+        *(row for part in (reals, integers) for row in torch.from_numpy(part).to(device, non_blocking=True))
+    )
+
+
+def choose_on_device(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, has_shares: bool) -> Tensor:
+    """`choose` as operations on tensors of one device alone: no transfer, no synchronisation, shapes fixed by [X, V].
+
+    `has_top_k` and `has_shares` say whether any row asks for top-k, and for top-p or min-p.
+    """
+    logits_XV = _without_nan(logits_XV)
+    is_greedy_X = rows.temperature == 0
+    scaled_XV = _relative(logits_XV) / torch.where(is_greedy_X, 1.0, rows.temperature).unsqueeze(1)
     noise_XV = gumbel_noise(
-        seeds_X=_column(rows_X, "seed", device),
-        sample_indices_X=_column(rows_X, "sample_index", device),
-        redraws_X=_column(rows_X, "redraw", device),
-        positions_X=_column(rows_X, "position", device),
+        seeds_X=rows.seed,
+        sample_indices_X=rows.sample_index,
+        redraws_X=rows.redraw,
+        positions_X=rows.position,
         vocab_size=logits_XV.shape[1],
     )
-    is_kept_XV = _kept(logits_XV, scaled_XV, rows_X)
-    chosen_X = torch.where(is_kept_XV, scaled_XV + noise_XV, -torch.inf).argmax(dim=-1)
-    return torch.where(is_greedy_X, greedy_X, chosen_X).int()
-
-
-def _column(rows_X: SampleRows, name: str, device: torch.device) -> Tensor:
-    return torch.from_numpy(rows_X[name].astype(np.int64)).to(device)
+    scores_XV = scaled_XV + noise_XV
+    is_kept_XV = torch.ones_like(logits_XV, dtype=torch.bool)
+    if has_top_k:
+        is_kept_XV = _is_in_top_k(logits_XV, rows.top_k.unsqueeze(1))
+    if has_shares:
+        weights_XV = torch.where(is_kept_XV, fixed_weights(scaled_XV), 0)
+        is_likely_XV = weights_XV.double() >= rows.min_p.unsqueeze(1) * 2.0**WEIGHT_BITS
+        is_kept_XV = is_kept_XV & _is_in_nucleus(weights_XV, rows.top_p.unsqueeze(1)) & is_likely_XV
+    chosen_X = torch.where(is_kept_XV, scores_XV, -torch.inf).argmax(dim=-1)
+    return torch.where(is_greedy_X, logits_XV.argmax(dim=-1), chosen_X).int()
 
 
 def _without_nan(logits_XV: Tensor) -> Tensor:
@@ -158,31 +193,21 @@ def _relative(logits_XV: Tensor) -> Tensor:
     return torch.where(logits_XV == largest_X1, 0.0, logits_XV.double() - largest_X1.double())
 
 
-def _kept(logits_XV: Tensor, scaled_XV: Tensor, rows_X: SampleRows) -> Tensor:
-    """Which tokens the filters keep, bool [X, V]."""
-    device, vocab_size = logits_XV.device, logits_XV.shape[1]
-    is_kept_XV = torch.ones_like(logits_XV, dtype=torch.bool)
-    if rows_X["top_k"].any():
-        top_k_X1 = _column(rows_X, "top_k", device).unsqueeze(1)
-        ranks_X1 = torch.where(top_k_X1 > 0, top_k_X1, vocab_size).clamp(max=vocab_size) - 1
-        is_kept_XV = logits_XV >= logits_XV.sort(dim=-1, descending=True).values.gather(1, ranks_X1)
-    if not ((rows_X["top_p"] < 1) | (rows_X["min_p"] > 0)).any():
-        return is_kept_XV
-    weights_XV = torch.where(is_kept_XV, fixed_weights(scaled_XV), 0)
-    top_p_X1, min_p_X1 = (torch.from_numpy(rows_X[name].copy()).to(device).unsqueeze(1) for name in ("top_p", "min_p"))
-    is_in_nucleus_XV = _is_in_nucleus(weights_XV, top_p_X1) | (top_p_X1 >= 1)
-    is_likely_XV = weights_XV.double() >= min_p_X1 * 2.0**WEIGHT_BITS
-    return is_kept_XV & is_in_nucleus_XV & is_likely_XV
+def _is_in_top_k(logits_XV: Tensor, top_k_X1: Tensor) -> Tensor:
+    """Whether a logit is at least the k-th largest; 0 keeps all."""
+    vocab_size = logits_XV.shape[1]
+    ranks_X1 = torch.where(top_k_X1 > 0, top_k_X1, vocab_size).clamp(max=vocab_size) - 1
+    return logits_XV >= logits_XV.sort(dim=-1, descending=True).values.gather(1, ranks_X1)
 
 
 def _is_in_nucleus(weights_XV: Tensor, top_p_X1: Tensor) -> Tensor:
-    """Whether the weights before a token, most likely first, stay short of `top_p` of the sum."""
+    """Whether the weights before a token, most likely first, stay short of `top_p` of the sum; 1 keeps all."""
     ordered_XV, order_XV = weights_XV.sort(dim=-1, descending=True, stable=True)
     before_XV = ordered_XV.cumsum(dim=-1) - ordered_XV
     limits_X1 = weights_XV.sum(dim=-1, keepdim=True).double() * top_p_X1
     is_within_XV = before_XV.double() < limits_X1
     is_within_XV[:, 0] = True
-    return torch.zeros_like(is_within_XV).scatter(1, order_XV, is_within_XV)
+    return torch.zeros_like(is_within_XV).scatter(1, order_XV, is_within_XV) | (top_p_X1 >= 1)
 
 
 class TopLogprobs(NamedTuple):

@@ -318,3 +318,21 @@ def test_two_tokens_through_a_tree_follow_the_targets_joint_law(trees: Callable[
 @pytest.mark.parametrize("rule", [bonus_from_fresh_noise, noise_by_tree_index])
 def test_a_biased_rule_breaks_the_joint_law(rule: Rule) -> None:
     assert statistic(two_tokens(knowing_trees()[:20_000], rule), PAIR_PROBS) > critical(PAIR_PROBS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_chooses_the_same_tokens() -> None:
+    chance = random.Random(7)
+    logits = torch.randn(200, 4096, generator=torch.Generator().manual_seed(7)) * 4
+    rows = [
+        row_bytes(
+            seed=chance.getrandbits(63),
+            temperature=chance.choice([0.0, 0.3, 1.0]),
+            top_k=chance.choice([0, 1, 50]),
+            top_p=chance.choice([1.0, 0.9]),
+            min_p=chance.choice([0.0, 0.05]),
+        )
+        for _ in range(200)
+    ]
+    keys = sample_rows(rows, range(200))
+    assert torch.equal(choose(logits.cuda(), keys).cpu(), choose(logits, keys))
