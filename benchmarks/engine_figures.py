@@ -115,8 +115,7 @@ def tables_of(results: Sequence[Measured]) -> list[Table]:
 
 def _decode_table(results: Sequence[Measured]) -> Table:
     columns = (
-        f"plain greedy decoding, ms a token, median (min to max); {WIDENED}",
-        *("parameters", "MB a token", "GB/s measured", "floor, ms", OURS, "of bandwidth", "outside kernels"),
+        *("size", "parameters", "MB a token", "GB/s measured", "floor, ms", OURS, "of bandwidth", "outside kernels"),
         *PEERS,
         "ours over llama.cpp",
     )
@@ -136,7 +135,8 @@ def _decode_table(results: Sequence[Measured]) -> Table:
                 _number(_speed_over_llama(each)),
             )
         )
-    return Table(columns=columns, rows=tuple(rows))
+    caption = f"Plain greedy decoding, ms a token, medians (least to most of the rounds); {WIDENED}."
+    return Table(columns=columns, rows=tuple(rows), caption=caption)
 
 
 def _prefill_table(results: Sequence[Measured]) -> Table:
@@ -144,13 +144,12 @@ def _prefill_table(results: Sequence[Measured]) -> Table:
         (each.prepared.size.name, *(_number(median_of(each, system, _prefill), 0) for system in (OURS, *PEERS)))
         for each in results
     ]
-    return Table(columns=(f"prefill, tokens a second; {WIDENED}", OURS, *PEERS), rows=tuple(rows))
+    return Table(columns=("size", OURS, *PEERS), rows=tuple(rows), caption=f"Prefill, tokens a second; {WIDENED}.")
 
 
 def _pass_table(results: Sequence[Measured]) -> Table:
     columns = (
-        f"passes over n tokens as multiples of one; {WIDENED}",
-        *("n", "experts a layer", "bytes(n)/bytes(1)", "products(n)/T(1)", "floor"),
+        *("size", "n", "experts a layer", "bytes(n)/bytes(1)", "products(n)/T(1)", "floor"),
         *("ours, ms", "ours T(n)/T(1)", "over floor", "llama.cpp T(n)/T(1)"),
     )
     rows = []
@@ -171,12 +170,12 @@ def _pass_table(results: Sequence[Measured]) -> Table:
                     _number(pass_ratio(each, LLAMA, number)),
                 )
             )
-    return Table(columns=columns, rows=tuple(rows))
+    return Table(columns=columns, rows=tuple(rows), caption=f"A pass over n tokens as multiples of one; {WIDENED}.")
 
 
 def _batch_table(results: Sequence[Measured]) -> Table:
     sizes = _batch_sizes(results[0])
-    columns = (f"tokens a second of all requests together, by batch; {WIDENED}", *map(str, sizes), "least step up")
+    columns = ("size", *map(str, sizes), "least step up")
     rows = [
         (
             each.prepared.size.name,
@@ -185,7 +184,8 @@ def _batch_table(results: Sequence[Measured]) -> Table:
         )
         for each in results
     ]
-    return Table(columns=columns, rows=tuple(rows))
+    caption = f"Tokens a second of all requests together, by batch; {WIDENED}."
+    return Table(columns=columns, rows=tuple(rows), caption=caption)
 
 
 def goals_of(results: Sequence[Measured], bounds: Bounds) -> list[Goal]:

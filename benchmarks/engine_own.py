@@ -16,7 +16,7 @@ import torch
 
 import slipstream_kernels
 from benchmarks.engine_passes import measure_passes
-from benchmarks.peers.protocol import Task, Timing, answer, ms_between
+from benchmarks.peers.protocol import Task, Timing, answer, median_gap_ms
 from slipstream.engine import passes, sampling
 from slipstream.engine.decoders import open_decoder
 from slipstream.engine.engine import Engine
@@ -98,7 +98,7 @@ def measure(task: Task) -> Timing:
     pass_ms, experts = measure_passes(checkpoint, task)
     return Timing(
         token_ids=tuple(plain.token_ids[0]),
-        ms_per_token=ms_between(plain.stamps[0]),
+        ms_per_token=median_gap_ms(plain.stamps[0]),
         prefill_tokens_per_s=len(task.text_ids) / statistics.median(prefills),
         pass_ms=pass_ms,
         experts_touched=experts,
@@ -174,14 +174,20 @@ def run(engine: Engine, prompts: Sequence[Sequence[int]], *, num_tokens: int, cl
 
 
 def batch_tokens_per_s(engine: Engine, task: Task, size: int) -> float:
-    """Tokens a second of `size` requests together, from when all decode until the first of them ends."""
+    """Tokens a second of `size` requests together while all of them decode; the median of the task's repeats."""
     text, length = task.text_ids, BATCH_PROMPT_TOKENS
     starts = [index * (len(text) - length) // max(task.batch_sizes) for index in range(size)]
-    done = run(engine, [text[start : start + length] for start in starts], num_tokens=BATCH_TOKENS)
+    prompts = [text[start : start + length] for start in starts]
+    return statistics.median(
+        _tokens_per_s(run(engine, prompts, num_tokens=BATCH_TOKENS)) for _ in range(task.num_repeats)
+    )
+
+
+def _tokens_per_s(done: Run) -> float:
+    """From when every request has its first token until the first of them ends."""
     began = max(stamps[0] for stamps in done.stamps)
     ended = min(stamps[-1] for stamps in done.stamps)
-    num_tokens = sum(began < stamp <= ended for stamps in done.stamps for stamp in stamps)
-    return num_tokens / (ended - began)
+    return sum(began < stamp <= ended for stamps in done.stamps for stamp in stamps) / (ended - began)
 
 
 def _request(index: int, prompt: Sequence[int], num_tokens: int) -> Request:

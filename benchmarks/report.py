@@ -35,18 +35,20 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows of cells under a heading; cells are written as they are."""
+    """Rows of cells under a heading; cells are written as they are. A caption stands above it."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
 
     def as_text(self) -> str:
-        """The table in Markdown, columns aligned."""
+        """The caption, and the table in Markdown, columns aligned."""
         lines = [self.columns, *self.rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
         padded = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         rule = " | ".join("-" * width for width in widths)
-        return "\n".join(f"| {line} |" for line in [padded[0], rule, *padded[1:]])
+        table = "\n".join(f"| {line} |" for line in [padded[0], rule, *padded[1:]])
+        return f"{self.caption}\n\n{table}" if self.caption else table
 
 
 def finish(name: str, *, tables: Sequence[Table], figures: dict[str, float], goals: Sequence[Goal]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import llama_cpp
 
-from benchmarks.peers.protocol import Task, Timing, answer, median_ms, ms_between
+from benchmarks.peers.protocol import Task, Timing, answer, median_gap_ms, median_ms
 
 _SEQUENCE = 0
 
@@ -74,7 +74,7 @@ def measure(task: Task) -> Timing:
     )
     return Timing(
         token_ids=tuple(token_ids),
-        ms_per_token=ms_between(stamps),
+        ms_per_token=median_gap_ms(stamps),
         prefill_tokens_per_s=len(task.text_ids) / prefill_ms * 1e3,
         pass_ms={size: _pass_ms(session, task, size) for size in task.tree_sizes},
         version=f"llama-cpp-python {llama_cpp.__version__}",

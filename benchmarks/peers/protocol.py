@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +43,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """The answer: what was generated and how long it took.
 
-    `ms_per_token` counts from the first token to the last one of the run. `pass_ms` maps a number of verified tokens to
+    `ms_per_token` is the median time from one token to the next. `pass_ms` maps a number of verified tokens to
     the median milliseconds of a pass, `experts_touched` to the mean number of distinct experts that it read in a layer.
     `kernel_share` is the part of the steps' time inside kernels, `batch_tokens_per_s` maps a batch size to the tokens a
     second of all its requests. Fields that a system was not asked for, or cannot tell, stay empty.
@@ -99,6 +100,7 @@ def median_ms(run: Callable[[], object], *, prepare: Callable[[], object], num_r
     return statistics.median(times[1:])
 
 
-def ms_between(stamps: list[float]) -> float:
-    """Milliseconds a token, from the first stamp (seconds, one per token) to the last; NaN for fewer than two."""
-    return (stamps[-1] - stamps[0]) / (len(stamps) - 1) * 1e3 if len(stamps) > 1 else float("nan")
+def median_gap_ms(stamps: Sequence[float]) -> float:
+    """Median milliseconds from one token to the next, given when (seconds) each was there; NaN for fewer than two."""
+    gaps = [after - before for before, after in itertools.pairwise(stamps)]
+    return statistics.median(gaps) * 1e3 if gaps else float("nan")

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.peers.protocol import Task, Timing, answer, median_ms, ms_between
+from benchmarks.peers.protocol import Task, Timing, answer, median_gap_ms, median_ms
 
 _WARM_UP_TOKENS = 8
 
@@ -42,7 +42,7 @@ def measure(task: Task) -> Timing:
     )
     return Timing(
         token_ids=tuple(token_ids),
-        ms_per_token=ms_between(stamps),
+        ms_per_token=median_gap_ms(stamps),
         prefill_tokens_per_s=len(task.text_ids) / prefill_ms * 1e3,
         version=f"transformers {transformers.__version__}",
     )
