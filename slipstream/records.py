@@ -39,7 +39,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     """One verification pass of a request.
 
     `start` is the index into the observation's output of the pass's first emitted token; the pass emitted
-    `num_accepted + 1` tokens (fewer if the request ended inside the block). `proposed` is the drafted chain.
+    `num_accepted + 1` tokens (fewer if the request ended inside the block). `proposed` are the drafted tokens: a
+    chain in its order, a tree's nodes with parents first.
     """
 
     start: int

@@ -172,7 +172,7 @@ class Engine:
         started = time.perf_counter()
         self._swap_if_waiting()
         self._drop_cancelled()
-        working = self._scheduler.schedule()
+        working = self._scheduler.schedule(has_drafter=self._drafter is not None)
         self._forget_freed_slots()
         if working:
             trees = self._draft(working)

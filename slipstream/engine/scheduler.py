@@ -122,14 +122,14 @@ class Scheduler:
         self.freed_slots.append(sequence.slot)
         sequence.slot = NO_SLOT
 
-    def schedule(self) -> list[RunningSequence]:
+    def schedule(self, *, has_drafter: bool = True) -> list[RunningSequence]:
         """The sequences of the next step, oldest first, with `num_step_tokens`, `max_depth` and their blocks set.
 
         Decoding sequences always run and come off the budget of rows first, so prefill does not starve them; what is
         left goes to prefill, oldest first and never less than a block, so that it is not starved either.
         """
         self._admit()
-        rows = 1 + self._limits.num_draft_tokens
+        rows = 1 + self._limits.num_draft_tokens * has_drafter
         budget = self._limits.max_step_tokens - rows * sum(one.is_decoding for one in self.running)
         budget = max(budget, BLOCK_TOKENS)
         awaited: set[PrefixKey] = set()
@@ -150,7 +150,7 @@ class Scheduler:
                 awaited.add(missing)
         working = [sequence for sequence in self.running if sequence.num_step_tokens]
         for sequence in working:
-            sequence.max_depth = self._reserve_draft(sequence) if sequence.may_draft else 0
+            sequence.max_depth = self._reserve_draft(sequence) if has_drafter and sequence.may_draft else 0
         return working
 
     def publish(self, sequence: RunningSequence) -> None:
