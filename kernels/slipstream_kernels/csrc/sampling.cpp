@@ -123,20 +123,25 @@ Row filtered(const Row& row, const SampleRow& how) {
 
 // -------------------------------------------------------------------------------------------------------- choice
 
+NoiseKey key_of(const SampleRow& how) {
+    return noise_key(uint64_t(how.seed), uint32_t(how.sample_index), uint32_t(how.redraw), uint32_t(how.position));
+}
+
 // The search for the largest score x + G. A score is computed only where a cheap bound says that it could win.
 //
-// The bound. Let b be the random bits, c = 2^32 - 1 - b their complement and u = (b + 1/2) / 2^32. From -log u >= 1 - u
-// follows G = -log(-log u) <= -log(1 - u) = ln 2 (32 - log2(c + 1/2)), and c + 1/2 >= 2 y with y = floor(c / 2). Read as
-// an integer, the bits of the float y are at most 2^23 (127 + log2 y): between powers of two they are a chord of the
-// concave log2. So G <= ln 2 (158 - bits / 2^23), and never more than 33 ln 2. Scaled logits are bounded from above by a
-// slope a little too flat (they are at most 0); kSlack covers every other rounding in single precision.
+// The bound. Let b be the random bits, c = 2^32 - 1 - b their complement and u = (b + 1/2) / 2^32. From
+// -log u >= 1 - u follows G = -log(-log u) <= -log(1 - u) = ln 2 (32 - log2(c + 1/2)), and c + 1/2 >= 2 y with
+// y = floor(c / 2). Read as an integer, the bits of the float y are at most 2^23 (127 + log2 y): between powers of two
+// they are a chord of the concave log2. So G <= ln 2 (158 - bits / 2^23), and never more than 33 ln 2. Scaled
+// logits are bounded from above by a slope a little too flat (they are at most 0); kSlack covers every other rounding in
+// single precision.
 class Search {
    public:
     Search(const Row& row, const SampleRow& how)
         : row_(row),
           temperature_(how.temperature),
           slope_(float(std::min((1.0 - 1e-6) / how.temperature, double(FLT_MAX)))),
-          key_(noise_key(uint64_t(how.seed), uint32_t(how.sample_index), uint32_t(how.redraw), uint32_t(how.position))) {}
+          key_(key_of(how)) {}
 
     int64_t run() {
         best_ = first_of(row_.logits, row_.num_tokens, largest_of(row_.logits, row_.num_tokens));
@@ -299,9 +304,7 @@ void SLIPSTREAM_EXPORT(top_logprobs)(const float* logits, int64_t row_stride, in
 // The noise of one row's tokens [0, num_tokens), by the same operations as `choose`.
 void SLIPSTREAM_EXPORT(gumbel_noise)(const void* row, int64_t num_tokens, double* noise) {
     using namespace SLIPSTREAM_ISA;
-    const SampleRow& how = *static_cast<const SampleRow*>(row);
-    const NoiseKey key =
-        noise_key(uint64_t(how.seed), uint32_t(how.sample_index), uint32_t(how.redraw), uint32_t(how.position));
+    const NoiseKey key = key_of(*static_cast<const SampleRow*>(row));
     for (int64_t first = 0; first < num_tokens; first += kBlockTokens) {
         uint32_t bits[kBlockTokens];
         random_block(key, uint32_t(first / kTokensPerCounter), bits);
