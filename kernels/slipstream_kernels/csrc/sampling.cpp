@@ -133,8 +133,8 @@ NoiseKey key_of(const SampleRow& how) {
 // -log u >= 1 - u follows G = -log(-log u) <= -log(1 - u) = ln 2 (32 - log2(c + 1/2)), and c + 1/2 >= 2 y with
 // y = floor(c / 2). Read as an integer, the bits of the float y are at most 2^23 (127 + log2 y): between powers of two
 // they are a chord of the concave log2. So G <= ln 2 (158 - bits / 2^23), and never more than 33 ln 2. Scaled
-// logits are bounded from above by a slope a little too flat (they are at most 0); kSlack covers every other rounding in
-// single precision.
+// logits are bounded from above by a slope a little too flat (they are at most 0); kSlack covers every other rounding
+// in single precision.
 class Search {
    public:
     Search(const Row& row, const SampleRow& how)
