@@ -133,19 +133,17 @@ def test_a_sequence_does_not_wait_for_a_block_whose_computer_left() -> None:
 def test_the_newest_is_preempted_waits_in_front_and_keeps_its_tokens() -> None:
     old = sequence("old", prompt(30), max_tokens=40)
     new = sequence("new", prompt(14, start=500), max_tokens=40)
-    scheduler = scheduler_of(limits(num_blocks=5, num_draft_tokens=0), old, new)
-    while new.slot < 0 or not scheduler.num_preemptions:
+    late = sequence("late", prompt(5, start=900))
+    scheduler = scheduler_of(limits(num_blocks=5, num_draft_tokens=0, max_running_requests=2), old, new, late)
+    while not scheduler.num_preemptions:
         finish_step(scheduler, scheduler.schedule())
-        if scheduler.num_preemptions:
-            break
     num_output = new.num_output
     assert num_output > 0
     assert names(scheduler.running) == ["old"]
-    scheduler.enqueue(sequence("late", prompt(5, start=900)))
     while old.finish_reason is None:
         finish_step(scheduler, scheduler.schedule())
     working = scheduler.schedule()
-    assert names(working)[0] == "new"
+    assert names(working) == ["new", "late"]
     assert new.num_output == num_output
     assert working[0].num_step_tokens + new.num_computed == len(new.token_ids)
 
