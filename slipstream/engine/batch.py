@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from slipstream.drafting.tree import DraftTree
 from slipstream.engine.request import FinishReason, Request, TokenBlock
 from slipstream.engine.stops import StopStrings
 from slipstream.records import Round
+from slipstream_kernels.sampling import TopLogprobs
 
 OnBlock = Callable[[TokenBlock], None]
 
@@ -20,12 +23,34 @@ NO_SLOT = -1
 
 
 class ObservedRows(msgspec.Struct, frozen=True):
-    """What the target said at the positions that produced one block: T tokens, N log-probabilities kept of each."""
+    """What the target said at T positions, N log-probabilities kept of each; arrays on the host."""
 
     logprobs_T: NDArray[np.float32]
     top_ids_TN: NDArray[np.int32]
     top_logprobs_TN: NDArray[np.float32]
     expert_ids_TLK: NDArray[np.integer] | None
+
+
+class ObservedStep:
+    """What the target said at the T observed positions of one step; it stays on its device until `rows` is asked for.
+
+    So a step on a GPU does not wait for what only the observer needs, at the end of a request.
+    """
+
+    def __init__(self, said: TopLogprobs, expert_ids_TLK: Tensor | None) -> None:
+        self._said = said
+        self._expert_ids_TLK = expert_ids_TLK
+
+    @functools.cached_property
+    def rows(self) -> ObservedRows:
+        """The rows of all requests, in the order of the step."""
+        experts = self._expert_ids_TLK
+        return ObservedRows(
+            self._said.logprobs_G.cpu().numpy(),
+            self._said.top_ids_GN.cpu().numpy(),
+            self._said.top_logprobs_GN.cpu().numpy(),
+            None if experts is None else experts.cpu().numpy(),
+        )
 
 
 class RunningSequence:
@@ -49,7 +74,7 @@ class RunningSequence:
         self.num_step_tokens = 0
         self.max_depth = 0
         self.rounds: list[Round] = []
-        self.observed: list[ObservedRows] = []
+        self.observed: list[tuple[ObservedStep, slice]] = []
         self.finish_reason: FinishReason | None = None
         self._stop_strings = stop_strings
 

@@ -273,7 +273,7 @@ class Engine:
             self._observe_all(sequence, sequence.finish_reason)
         logprobs: tuple[TokenLogprobs, ...] = ()
         if said is not None and request.num_logprobs is not None:
-            logprobs = token_logprobs(said, num_top=request.num_logprobs)
+            logprobs = token_logprobs(*said, num_top=request.num_logprobs)
         sequence.on_block(
             TokenBlock(
                 request_id=request.request_id,

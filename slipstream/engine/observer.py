@@ -53,10 +53,11 @@ def observations_of(
     if not request.may_train or not sequence.num_output:
         return []
     # A request may have asked for more log-probabilities than are observed; the most likely come first.
-    emitted_T = np.concatenate([rows.logprobs_T for rows in sequence.observed])
-    top_ids_TN = np.concatenate([rows.top_ids_TN[:, : source.top_n] for rows in sequence.observed])
-    top_logprobs_TN = np.concatenate([rows.top_logprobs_TN[:, : source.top_n] for rows in sequence.observed])
-    experts = [rows.expert_ids_TLK for rows in sequence.observed if rows.expert_ids_TLK is not None]
+    rows = [(step.rows, part) for step, part in sequence.observed]
+    emitted_T = np.concatenate([one.logprobs_T[part] for one, part in rows])
+    top_ids_TN = np.concatenate([one.top_ids_TN[part, : source.top_n] for one, part in rows])
+    top_logprobs_TN = np.concatenate([one.top_logprobs_TN[part, : source.top_n] for one, part in rows])
+    experts = [one.expert_ids_TLK[part] for one, part in rows if one.expert_ids_TLK is not None]
     experts_TLK = np.concatenate(experts) if experts else None
     num_prompt = sequence.num_prompt
     observations = []

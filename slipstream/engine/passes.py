@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import torch
 
 from slipstream.drafting.tree import DraftTree
-from slipstream.engine.batch import ObservedRows, RunningSequence
+from slipstream.engine.batch import ObservedStep, RunningSequence
 from slipstream.engine.packing import moves_of
 from slipstream.engine.plan import Move, StepOutput, StepPlan
 from slipstream.engine.request import TokenLogprobs
@@ -21,7 +22,7 @@ class Pass(msgspec.Struct, kw_only=True):
 
     Row `first_row` of the step's logits is that of its last committed token, the tree's nodes follow; their node slots
     begin at `first_node_slot`. `path` are the accepted nodes and `token_ids` their tokens and the bonus; `kept_ids` is
-    what of them was committed. `said` is None where nobody asked what the target said.
+    what of them was committed. `said` is where to read what the target said, None where nobody asked.
     """
 
     sequence: RunningSequence
@@ -31,7 +32,7 @@ class Pass(msgspec.Struct, kw_only=True):
     path: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
     kept_ids: tuple[int, ...] = ()
-    said: ObservedRows | None = None
+    said: tuple[ObservedStep, slice] | None = None
 
 
 def passes_of(sequences: Sequence[RunningSequence], trees: Sequence[DraftTree]) -> list[Pass]:
@@ -79,25 +80,26 @@ def note_what_was_said(passes: Sequence[Pass], plan: StepPlan, output: StepOutpu
     token_ids = [token for one in asked for token in one.kept_ids]
     num_top = max(top_n, *(one.sequence.request.num_logprobs or 0 for one in asked))
     said = top_logprobs(output.logits_XV, rows, token_ids, num_top=min(num_top, output.logits_XV.shape[1]))
-    logprobs_T, top_ids_TN, top_logprobs_TN = (tensor.cpu().numpy() for tensor in said)
-    experts_TLK = None
-    if output.expert_ids_TLK is not None:
-        experts_TLK = output.expert_ids_TLK.cpu().numpy()[plan.logit_rows_X[rows]]
+    experts_TLK = output.expert_ids_TLK
+    if experts_TLK is not None:
+        # A copy: the next pass overwrites what this one gave out.
+        experts_TLK = experts_TLK[torch.from_numpy(plan.logit_rows_X[rows]).to(experts_TLK.device)]
+    step = ObservedStep(said, experts_TLK)
     first = 0
     for one in asked:
-        part = slice(first, first + len(one.kept_ids))
-        first = part.stop
-        one.said = ObservedRows(
-            logprobs_T[part],
-            top_ids_TN[part],
-            top_logprobs_TN[part],
-            None if experts_TLK is None else experts_TLK[part],
-        )
+        one.said = (step, slice(first, first + len(one.kept_ids)))
+        first += len(one.kept_ids)
 
 
-def token_logprobs(said: ObservedRows, *, num_top: int) -> tuple[TokenLogprobs, ...]:
-    """An entry per token, with its `num_top` most likely alternatives."""
-    columns = zip(said.logprobs_T.tolist(), said.top_ids_TN.tolist(), said.top_logprobs_TN.tolist(), strict=True)
+def token_logprobs(step: ObservedStep, part: slice, *, num_top: int) -> tuple[TokenLogprobs, ...]:
+    """An entry per token of one request, with its `num_top` most likely alternatives."""
+    rows = step.rows
+    columns = zip(
+        rows.logprobs_T[part].tolist(),
+        rows.top_ids_TN[part].tolist(),
+        rows.top_logprobs_TN[part].tolist(),
+        strict=True,
+    )
     return tuple(
         TokenLogprobs(logprob=logprob, top=tuple(zip(ids[:num_top], logprobs[:num_top], strict=True)))
         for logprob, ids, logprobs in columns
