@@ -9,6 +9,7 @@ below may be fused into another, and no division may be by a Python number: on C
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -36,8 +37,12 @@ WEIGHT_BITS = 42
 _SMALLEST_EXPONENT = -64.0
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four outputs in [0, 2**32) per counter; all tensors int64 holding unsigned 32-bit values."""
+Word = TypeVar("Word", int, Tensor)
+"""Unsigned 32-bit numbers: one, or an int64 tensor of them."""
+
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, ...]:
+    """Philox4x32-10: four outputs in [0, 2**32) per counter."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_NUM_ROUNDS):

@@ -1,0 +1,115 @@
+"""The draws of Recursive Speculative Decoding: siblings, or whole sequences, without replacement.
+
+Jeon et al., arXiv 2402.14160. Constant branching draws siblings by Gumbel-Top-k: the k largest of log q + Gumbel noise,
+largest first, are a draw without replacement in that order. Stochastic beam search (Kool et al., arXiv 1903.06059) does
+the same over sequences, level by level: a beam passes its perturbed score on as the largest of its continuations'.
+
+Scores and log-probabilities are float64. A dead beam or a candidate that could not be drawn has the score -inf.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slipstream.drafting.tree import ROOT
+from slipstream.engine.sampling import Draw
+from slipstream.verification.chance import Purpose, stream
+from slipstream_kernels.isa import is_available
+from slipstream_kernels.noise import gumbel_noise
+from slipstream_kernels.sampling import SampleRows, noise, row_bytes
+
+
+class Siblings(NamedTuple):
+    """Candidates behind each of X nodes in the order of the draws: `token_ids_XW` int64, `scores_XW` float64."""
+
+    token_ids_XW: Tensor
+    scores_XW: Tensor
+
+
+class BeamLevel(NamedTuple):
+    """The W best continuations of each request's beams, best first.
+
+    `parents_BW` int64 says which beam each continues, `token_ids_BW` int64 with which token; `path_logprobs_BW` and
+    `scores_BW` float64 are what the next level needs.
+    """
+
+    parents_BW: Tensor
+    token_ids_BW: Tensor
+    path_logprobs_BW: Tensor
+    scores_BW: Tensor
+
+
+def independent_row(draw: Draw, *, redraw: int, parent: int = ROOT) -> bytes:
+    """The sample row, for `sampling.sample_rows`, whose noise draws the children of `parent` for a rejection rule.
+
+    It is apart from the noise of the target, of other nodes and of other passes; `redraw` counts the passes before.
+    """
+    key = stream(Purpose.DRAFT, redraw=redraw, lane=parent + 1)
+    return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index, redraw=key)
+
+
+def shared_row(draw: Draw) -> bytes:
+    """The sample row whose noise is the target's own, for drafts verified by equality."""
+    return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index)
+
+
+def noise_of(rows_X: SampleRows, *, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The Gumbel noise float64 [X, V] of sample rows, on a device; the same bits on every one."""
+    if torch.device(device).type == "cpu" and is_available():
+        rows = [torch.from_numpy(noise(rows_X[row : row + 1], vocab_size)) for row in range(len(rows_X))]
+        return torch.stack(rows) if rows else torch.empty(0, vocab_size, dtype=torch.float64)
+    columns = {name: torch.from_numpy(rows_X[name].astype("int64")).to(device) for name in rows_X.dtype.names or ()}
+    return gumbel_noise(
+        seeds_X=columns["seed"],
+        sample_indices_X=columns["sample_index"],
+        redraws_X=columns["redraw"],
+        positions_X=columns["position"],
+        vocab_size=vocab_size,
+    )
+
+
+def gumbel_top_k(logprobs_XV: Tensor, noise_XV: Tensor, *, num_draws: int) -> Siblings:
+    """Draw `num_draws` different tokens behind each node, W = min(num_draws, V)."""
+    scores_XW, token_ids_XW = (logprobs_XV + noise_XV).topk(min(num_draws, logprobs_XV.shape[-1]), dim=-1)
+    return Siblings(token_ids_XW, scores_XW)
+
+
+def first_beams(num_requests: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Path log-probabilities and scores [B, 1] of the roots."""
+    root_B1 = torch.zeros(num_requests, 1, dtype=torch.float64, device=device)
+    return root_B1, root_B1.clone()
+
+
+def next_beams(
+    path_logprobs_BW: Tensor, scores_BW: Tensor, *, logprobs_BWV: Tensor, noise_BWV: Tensor, width: int
+) -> BeamLevel:
+    """One level of stochastic beam search: the `width` best continuations over all beams of each request.
+
+    `logprobs_BWV` is what the draft gives behind each beam, `noise_BWV` Gumbel noise, independent for every beam.
+    Continuations of one beam come in the order of their draws.
+    """
+    path_BWV = path_logprobs_BW.unsqueeze(-1) + logprobs_BWV
+    # Conditioning keeps the order within a beam, so only its best can be among the best of all.
+    free_BWC, token_ids_BWC = (path_BWV + noise_BWV).topk(min(width, logprobs_BWV.shape[-1]), dim=-1)
+    scores_BWC = conditioned(free_BWC, scores_BW.unsqueeze(-1))
+    num_candidates = free_BWC.shape[-1]
+    kept_BW, index_BW = scores_BWC.flatten(1).topk(min(width, scores_BWC[0].numel()), dim=-1)
+    return BeamLevel(
+        index_BW // num_candidates,
+        token_ids_BWC.flatten(1).gather(1, index_BW),
+        path_BWV.gather(-1, token_ids_BWC).flatten(1).gather(1, index_BW),
+        kept_BW,
+    )
+
+
+def conditioned(free_scores_C: Tensor, largest_1: Tensor) -> Tensor:
+    """Perturbed scores, largest first, moved so that their largest is `largest_1`: -log(e^-g - e^-Z + e^-score).
+
+    The stable form of Kool et al., appendix B.3; the last dimension runs over candidates.
+    """
+    shift = largest_1 - free_scores_C + torch.log1p(-torch.exp(free_scores_C - free_scores_C[..., :1]))
+    moved = largest_1 - shift.clamp(min=0) - torch.log1p(torch.exp(-shift.abs()))
+    return torch.where(free_scores_C.isneginf() | largest_1.isneginf(), -torch.inf, moved)
