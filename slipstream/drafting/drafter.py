@@ -14,7 +14,8 @@ from slipstream.engine.request import SamplingParams
 class DraftContext(msgspec.Struct, frozen=True):
     """A request that wants a draft: its slot, all its tokens so far, and how large a tree it can take.
 
-    A tree has at most `max_nodes` nodes and is at most `max_depth` deep; both are at least 1.
+    A tree has at most `max_nodes` nodes and is at most `max_depth` deep; both are at least 1. `tenant` says whose text
+    it is, for drafters that keep tenants apart.
     """
 
     slot: int
@@ -22,6 +23,7 @@ class DraftContext(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     max_nodes: int
     max_depth: int
+    tenant: str = ""
 
 
 class Drafter(Protocol):

@@ -1,0 +1,331 @@
+"""Token Recycling's two operations: remember what the target said behind a token, and grow trees from that.
+
+An adjacency matrix has a row per token: the WIDTH most likely tokens behind it when it was last seen, and their
+log-probabilities. An entry whose log-probability is no number above -inf is empty.
+
+Growing starts at a request's last token. The candidates behind a node are the entries of its token's row; the score of
+a candidate is its parent's score (the root's is 0) plus
+
+    temperature 0   log q - depth_penalty
+    otherwise       log softmax((log q + temperature * G) / error_scale) - depth_penalty
+
+with q the stored probability, G the request's own noise at the candidate's position (`noise.gumbel_noise`), and the
+softmax over the row. The most likely candidate anywhere becomes the next node; among equals the one found first.
+
+The matrix is that of Luo et al., "Turning Trash into Treasure" (ACL 2025, arXiv 2408.08696), which keeps no
+log-probabilities and fills a fixed template of ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slipstream_kernels.isa import function, instruction_set, is_available
+from slipstream_kernels.noise import WEIGHT_BITS, fixed_log, fixed_weights, philox
+from slipstream_kernels.sampling import SampleRows
+
+WIDTH = 8
+"""Entries of a row."""
+
+ERROR_SCALE = 0.7
+"""How far a stored log-probability is off the target's of today, as the scale of Gumbel-distributed errors.
+
+Found on a 3-layer mixture of experts trained on Python source; to be learned from verifications.
+"""
+
+DEPTH_PENALTY = 0.15
+"""What every further token costs a path in log-probability: rows forget all but one token of context.
+
+Found on a 3-layer mixture of experts trained on Python source; to be learned from verifications.
+"""
+
+NO_PARENT = -1
+"""Parent of the nodes that follow the root."""
+
+_LARGEST_NARROW_VOCABULARY = 2**16
+_MASK = 0xFFFFFFFF
+_TOKENS_PER_COUNTER = 4
+
+_ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int32
+_ARGUMENTS = {
+    "recycling_grow": (*[_ADDRESS] * 2, *[_INT] * 3, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 4),
+    "recycling_remember": (_ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT),
+}
+
+
+class Adjacency(NamedTuple):
+    """A matrix, C-contiguous: `ids_VN` uint16 where that holds the vocabulary, else int32, and `logprobs_VN` fp16.
+
+    Every id is a token of the vocabulary and no row names one twice; the id of an empty entry is 0.
+    """
+
+    ids_VN: NDArray[Any]
+    logprobs_VN: NDArray[np.float16]
+
+
+class GrowthRule(NamedTuple):
+    """The two numbers of the score; they change what is proposed, never what is accepted."""
+
+    error_scale: float = ERROR_SCALE
+    depth_penalty: float = DEPTH_PENALTY
+
+
+DEFAULT_RULE = GrowthRule()
+
+
+class Template(NamedTuple):
+    """A tree whose shape is fixed: node x has the candidate of rank `ranks_X[x]` behind node `parents_X[x]`.
+
+    Both are int32; parents come first and the children of one parent stand side by side. `depths_X` is 1 for the
+    root's children.
+    """
+
+    parents_X: NDArray[np.int32]
+    ranks_X: NDArray[np.int32]
+    depths_X: NDArray[np.int32]
+
+
+class Grown(NamedTuple):
+    """Trees one behind the other: that of request b ends before node `ends_B[b]`.
+
+    `token_ids_X` and `parents_X` int32, parents counted within the tree, or NO_PARENT; `scores_X` float64 (this module
+    says of what), which never rise along a path.
+    """
+
+    token_ids_X: NDArray[np.int32]
+    parents_X: NDArray[np.int32]
+    scores_X: NDArray[np.float64]
+    ends_B: NDArray[np.int32]
+
+
+def empty_adjacency(vocab_size: int) -> Adjacency:
+    """A matrix without entries."""
+    dtype = np.uint16 if vocab_size <= _LARGEST_NARROW_VOCABULARY else np.int32
+    shape = (vocab_size, WIDTH)
+    return Adjacency(np.zeros(shape, dtype), np.full(shape, -np.inf, np.float16))
+
+
+def remember(
+    matrix: Adjacency, token_ids_T: NDArray[np.int32], top_ids_TN: NDArray[np.int32], top_logprobs_TN: NDArray[Any]
+) -> None:
+    """Replace the rows of `token_ids_T`, in order: where a token comes twice, its last row stays.
+
+    So two calls do what one call with all their rows does. The first WIDTH columns are kept, as fp16; log-probabilities
+    that are no number, and tokens that a row has named before, leave empty entries; above 0 they count as 0. Raises
+    ValueError, with nothing written, if anything is no token of the vocabulary.
+    """
+    num_rows, num_top = len(token_ids_T), min(WIDTH, top_ids_TN.shape[1])
+    if not num_rows == len(top_ids_TN) == len(top_logprobs_TN) or top_ids_TN.shape != top_logprobs_TN.shape:
+        raise ValueError(
+            f"{num_rows} tokens, ids {top_ids_TN.shape} and log-probabilities {top_logprobs_TN.shape}; expected a row "
+            "each, of as many columns"
+        )
+    tokens_T = np.ascontiguousarray(token_ids_T, np.int32)
+    ids_TN = np.ascontiguousarray(top_ids_TN[:, :num_top], np.int32)
+    with np.errstate(over="ignore"):  # what fp16 cannot hold is as good as impossible
+        logprobs_TN = np.ascontiguousarray(np.minimum(top_logprobs_TN[:, :num_top], 0), np.float16)
+    if not is_available():
+        _remember_rows(matrix, tokens_T, ids_TN, logprobs_TN)
+        return
+    bad_row = _compiled("recycling_remember", instruction_set())(
+        *(array.ctypes.data for array in matrix),
+        matrix.ids_VN.itemsize,
+        len(matrix.ids_VN),
+        tokens_T.ctypes.data,
+        ids_TN.ctypes.data,
+        logprobs_TN.ctypes.data,
+        num_rows,
+        num_top,
+    )
+    if bad_row >= 0:
+        raise _no_token(len(matrix.ids_VN), [int(tokens_T[bad_row]), *ids_TN[bad_row].tolist()])
+
+
+def grow(
+    matrices: Sequence[Adjacency],
+    draws_B: SampleRows,
+    limits_B4: NDArray[np.int32],
+    *,
+    rule: GrowthRule = DEFAULT_RULE,
+    template: Template | None = None,
+) -> Grown:
+    """A tree for each request, best first, or filling `template` as far as rows have entries and limits allow.
+
+    `draws_B` are the requests' `sampling.sample_rows` (noise and temperature; filters are not looked at) at the
+    position of the first drafted token. A line of `limits_B4` is (which matrix, root token, nodes, depth); matrices are
+    of one vocabulary. Raises ValueError for a root that is no token of it.
+    """
+    if len(draws_B) != len(limits_B4):
+        raise ValueError(f"{len(draws_B)} draws for {len(limits_B4)} limits; give one each")
+    if not is_available():
+        return grow_reference(matrices, draws_B, limits_B4, rule=rule, template=template)
+    limits_B4 = np.ascontiguousarray(limits_B4, np.int32)
+    num_nodes = int(limits_B4[:, 2].clip(0).sum())
+    tokens_X, parents_X, scores_X = np.empty(num_nodes, np.int32), np.empty(num_nodes, np.int32), np.empty(num_nodes)
+    ends_B = np.empty(len(limits_B4), np.int32)
+    shape = None if template is None else np.concatenate(template)
+    bad_request = _compiled("recycling_grow", instruction_set())(
+        _addresses([matrix.ids_VN for matrix in matrices]),
+        _addresses([matrix.logprobs_VN for matrix in matrices]),
+        len(matrices),
+        matrices[0].ids_VN.itemsize,
+        len(matrices[0].ids_VN),
+        draws_B.ctypes.data,
+        limits_B4.ctypes.data,
+        len(limits_B4),
+        (ctypes.c_double * 2)(*rule),
+        None if shape is None else shape.ctypes.data,
+        0 if template is None else len(template.ranks_X),
+        *(array.ctypes.data for array in (tokens_X, parents_X, scores_X, ends_B)),
+    )
+    if bad_request >= 0:
+        _check_request(int(limits_B4[bad_request, 0]), int(limits_B4[bad_request, 1]), matrices)
+    end = int(ends_B[-1]) if len(ends_B) else 0
+    return Grown(tokens_X[:end], parents_X[:end], scores_X[:end], ends_B)
+
+
+@functools.cache
+def _compiled(name: str, isa: str) -> Callable[..., int]:
+    found = function(name, isa)
+    found.restype, found.argtypes = _INT, _ARGUMENTS[name]
+    return found  # type: ignore[no-any-return]
+
+
+def _addresses(arrays: Sequence[NDArray[Any]]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+
+
+def _check_request(which: int, root: int, matrices: Sequence[Adjacency]) -> None:
+    if not 0 <= which < len(matrices):
+        raise ValueError(f"matrix is {which}; expected 0 to {len(matrices) - 1}")
+    if not 0 <= root < len(matrices[which].ids_VN):
+        raise _no_token(len(matrices[which].ids_VN), [root])
+
+
+def _no_token(vocab_size: int, seen: list[int]) -> ValueError:
+    return ValueError(f"token ids are {seen}; the vocabulary is 0..{vocab_size - 1}")
+
+
+def _remember_rows(
+    matrix: Adjacency, tokens_T: NDArray[np.int32], ids_TN: NDArray[np.int32], logprobs_TN: NDArray[np.float16]
+) -> None:
+    """`remember` in numpy, row by row: the definition."""
+    vocab_size = len(matrix.ids_VN)
+    seen_TN = np.column_stack([tokens_T, ids_TN])
+    for row in seen_TN.tolist():
+        if min(row) < 0 or max(row) >= vocab_size:
+            raise _no_token(vocab_size, row)
+    for token, ids_N, logprobs_N in zip(tokens_T, ids_TN, logprobs_TN, strict=True):
+        matrix.ids_VN[token], matrix.logprobs_VN[token] = 0, -np.inf
+        for rank, candidate in enumerate(ids_N):
+            is_filled_N = np.isfinite(logprobs_N[:rank])
+            if np.isfinite(logprobs_N[rank]) and candidate not in ids_N[:rank][is_filled_N]:
+                matrix.ids_VN[token, rank], matrix.logprobs_VN[token, rank] = candidate, logprobs_N[rank]
+
+
+# ------------------------------------------------------------------------------------------------ growing, defined
+
+_Node = tuple[int, int, float]
+"""Token, parent and score."""
+
+_Expand = Callable[[int, int, float], list[tuple[int, float]]]
+"""From token, depth and score of a node to token and score of the candidates behind it, by rank."""
+
+
+def grow_reference(
+    matrices: Sequence[Adjacency],
+    draws_B: SampleRows,
+    limits_B4: NDArray[np.int32],
+    *,
+    rule: GrowthRule = DEFAULT_RULE,
+    template: Template | None = None,
+) -> Grown:
+    """`grow` in plain torch and Python: the definition."""
+    nodes: list[_Node] = []
+    ends: list[int] = []
+    for draw, (which, root, max_nodes, max_depth) in zip(draws_B, limits_B4.tolist(), strict=True):
+        _check_request(which, root, matrices)
+        expand = functools.partial(_candidates, matrices[which], draw, rule)
+        if template is None:
+            nodes += _best_first(expand, root, max_nodes, max_depth)
+        else:
+            nodes += _filled(expand, root, template, max_nodes, max_depth)
+        ends.append(len(nodes))
+    return Grown(
+        np.array([token for token, _, _ in nodes], np.int32),
+        np.array([parent for _, parent, _ in nodes], np.int32),
+        np.array([score for _, _, score in nodes], np.float64),
+        np.array(ends, np.int32),
+    )
+
+
+def _best_first(expand: _Expand, root: int, max_nodes: int, max_depth: int) -> list[_Node]:
+    nodes: list[_Node] = []
+    heap: list[tuple[float, int, int, int, int]] = []
+    num_found = 0
+    token, score, depth = root, 0.0, 0
+    while len(nodes) < max_nodes:
+        if depth < max_depth:
+            for candidate, value in expand(token, depth, score):
+                if value > -np.inf:
+                    heapq.heappush(heap, (-value, num_found, candidate, len(nodes) - 1, depth + 1))
+                    num_found += 1
+        if not heap:
+            break
+        negated, _, token, parent, depth = heapq.heappop(heap)
+        score = -negated
+        nodes.append((token, parent, score))
+    return nodes
+
+
+def _filled(expand: _Expand, root: int, template: Template, max_nodes: int, max_depth: int) -> list[_Node]:
+    nodes: list[_Node] = []
+    places: dict[int, int] = {NO_PARENT: NO_PARENT}
+    for node, (parent, rank, depth) in enumerate(np.column_stack(template).tolist()):
+        if parent not in places or depth > max_depth or len(nodes) == max_nodes:
+            continue
+        token, _, score = (root, NO_PARENT, 0.0) if parent == NO_PARENT else nodes[places[parent]]
+        candidate, value = expand(token, depth - 1, score)[rank]
+        if value > -np.inf:
+            places[node] = len(nodes)
+            nodes.append((candidate, places[parent], value))
+    return nodes
+
+
+def _candidates(
+    matrix: Adjacency, draw: Any, rule: GrowthRule, token: int, depth: int, score: float
+) -> list[tuple[int, float]]:
+    ids_N = torch.from_numpy(matrix.ids_VN[token].astype(np.int64))
+    logprobs_N = torch.from_numpy(matrix.logprobs_VN[token].astype(np.float64))
+    if draw["temperature"] and logprobs_N.max() > -torch.inf:
+        noisy_N = logprobs_N + noise_of_tokens(ids_N, draw, int(draw["position"]) + depth) * float(draw["temperature"])
+        noisy_N = noisy_N / torch.tensor(rule.error_scale, dtype=torch.float64)
+        noisy_N = noisy_N - noisy_N.max()
+        sum_ = fixed_weights(noisy_N).sum().double() * 2.0**-WEIGHT_BITS
+        logprobs_N = noisy_N - fixed_log(sum_)
+    return list(zip(ids_N.tolist(), (score + (logprobs_N - rule.depth_penalty)).tolist(), strict=True))
+
+
+def noise_of_tokens(ids_N: Tensor, draw: Any, position: int) -> Tensor:
+    """The noise float64 [N] of these tokens (int64) at an absolute position, keyed by a line of `sampling.ROW`."""
+    zeros = torch.zeros_like(ids_N)
+    seed = int(draw["seed"])
+    counter = (
+        ids_N // _TOKENS_PER_COUNTER,
+        zeros + position,
+        zeros + int(draw["sample_index"]),
+        zeros + int(draw["redraw"]),
+    )
+    outputs = torch.stack(philox(counter, (zeros + (seed & _MASK), zeros + (seed >> 32 & _MASK))))
+    bits = outputs.gather(0, (ids_N % _TOKENS_PER_COUNTER).unsqueeze(0))[0]
+    uniform = (bits.double() + 0.5) * 2.0**-32
+    return -fixed_log(-fixed_log(uniform))
