@@ -17,6 +17,7 @@ import torch
 import slipstream_kernels
 from benchmarks.engine_passes import measure_passes
 from benchmarks.peers.protocol import Task, Timing, answer, median_gap_ms
+from slipstream import __version__
 from slipstream.engine import passes, sampling
 from slipstream.engine.decoders import open_decoder
 from slipstream.engine.engine import Engine
@@ -91,20 +92,20 @@ def measure(task: Task) -> Timing:
     clock = KernelClock()
     engine = make_engine(checkpoint, task, clock)
     run(engine, [task.prompt_ids], num_tokens=_WARM_UP_TOKENS)
-    plain = run(engine, [task.prompt_ids], num_tokens=task.num_tokens, clock=clock)
+    plain = [run(engine, [task.prompt_ids], num_tokens=task.num_tokens, clock=clock) for _ in range(task.num_repeats)]
     prefills = [run(engine, [task.text_ids], num_tokens=1).first_token_s for _ in range(task.num_repeats)]
     batches = {size: batch_tokens_per_s(engine, task, size) for size in task.batch_sizes}
     del engine
     pass_ms, experts = measure_passes(checkpoint, task)
     return Timing(
-        token_ids=tuple(plain.token_ids[0]),
-        ms_per_token=median_gap_ms(plain.stamps[0]),
+        token_ids=tuple(plain[0].token_ids[0]),
+        ms_per_token=median_gap_ms(each.stamps[0] for each in plain),
         prefill_tokens_per_s=len(task.text_ids) / statistics.median(prefills),
         pass_ms=pass_ms,
         experts_touched=experts,
-        kernel_share=plain.kernel_s / plain.decode_s,
+        kernel_share=statistics.median(each.kernel_s / each.decode_s for each in plain),
         batch_tokens_per_s=batches,
-        version=f"{slipstream_kernels.instruction_set()}",
+        version=f"slipstream {__version__}, {slipstream_kernels.instruction_set()}",
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.peers.protocol import Task, median_ms
+from benchmarks.peers.protocol import Task, interleaved_ms, median_of_each
 from slipstream.engine.decoders import open_decoder
 from slipstream.engine.plan import BLOCK_TOKENS, NO_NODE, PagedDecoder, StepPlan
 from slipstream.models.checkpoint import Checkpoint
@@ -25,18 +26,18 @@ def measure_passes(checkpoint: Checkpoint, task: Task) -> tuple[dict[int, float]
         num_node_slots=max(task.tree_sizes),
         max_rows=num_positions,
     )
-    pass_ms: dict[int, list[float]] = {size: [] for size in task.tree_sizes}
-    experts: dict[int, list[float]] = {size: [] for size in task.tree_sizes}
+    times: list[dict[int, float]] = []
+    experts: list[dict[int, float]] = []
     for context in task.contexts:
         decoder.forward(chain_plan(task.text_ids[:context], first=0, num_nodes=0))
-        for size in task.tree_sizes:
-            plan = chain_plan(task.text_ids[context : context + size], first=context, num_nodes=size - 1)
-            pass_ms[size].append(_pass_ms(decoder, plan, num_repeats=task.num_repeats))
-            experts[size].append(distinct_experts(decoder, plan))
-    return (
-        {size: statistics.median(times) for size, times in pass_ms.items()},
-        {size: statistics.mean(numbers) for size, numbers in experts.items()},
-    )
+        plans = {
+            size: chain_plan(task.text_ids[context : context + size], first=context, num_nodes=size - 1)
+            for size in task.tree_sizes
+        }
+        passes = {size: functools.partial(decoder.forward, plan) for size, plan in plans.items()}
+        times.append(interleaved_ms(passes, num_repeats=task.num_repeats))
+        experts.append({size: distinct_experts(decoder, plan) for size, plan in plans.items()})
+    return median_of_each(times), {size: statistics.mean(each[size] for each in experts) for size in task.tree_sizes}
 
 
 def chain_plan(token_ids: Sequence[int], *, first: int, num_nodes: int) -> StepPlan:
@@ -70,7 +71,3 @@ def distinct_experts(decoder: PagedDecoder, plan: StepPlan) -> float:
         return 0.0
     layers = expert_ids_TLK.transpose(0, 1).flatten(1)
     return float(statistics.mean(len(layer.unique()) for layer in layers))
-
-
-def _pass_ms(decoder: PagedDecoder, plan: StepPlan, *, num_repeats: int) -> float:
-    return median_ms(lambda: decoder.forward(plan), prepare=lambda: None, num_repeats=num_repeats)

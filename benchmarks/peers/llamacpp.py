@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp
 
-from benchmarks.peers.protocol import Task, Timing, answer, median_gap_ms, median_ms
+from benchmarks.peers.protocol import Task, Timing, answer, interleaved_ms, median_gap_ms, median_ms, median_of_each
 
 _SEQUENCE = 0
 
@@ -66,17 +66,17 @@ def measure(task: Task) -> Timing:
     """Run the task in this process."""
     longest = max(len(task.prompt_ids) + task.num_tokens, len(task.text_ids))
     session = Session(task.model, num_threads=task.num_threads, context_tokens=-(-longest // 256) * 256)
-    token_ids, stamps = generate(session, task.prompt_ids, num_tokens=task.num_tokens)
+    runs = [generate(session, task.prompt_ids, num_tokens=task.num_tokens) for _ in range(task.num_repeats)]
     prefill_ms = median_ms(
         lambda: session.decode(task.text_ids),
         prepare=lambda: session.forget(keep=0),
         num_repeats=task.num_repeats,
     )
     return Timing(
-        token_ids=tuple(token_ids),
-        ms_per_token=median_gap_ms(stamps),
+        token_ids=tuple(runs[0][0]),
+        ms_per_token=median_gap_ms(stamps for _, stamps in runs),
         prefill_tokens_per_s=len(task.text_ids) / prefill_ms * 1e3,
-        pass_ms={size: _pass_ms(session, task, size) for size in task.tree_sizes},
+        pass_ms=median_of_each(_pass_ms(session, task, context) for context in task.contexts),
         version=f"llama-cpp-python {llama_cpp.__version__}",
     )
 
@@ -93,16 +93,14 @@ def generate(session: Session, prompt_ids: Sequence[int], *, num_tokens: int) ->
     return token_ids, stamps
 
 
-def _pass_ms(session: Session, task: Task, size: int) -> float:
-    return statistics.median(_pass_ms_after(session, task, context=context, size=size) for context in task.contexts)
-
-
-def _pass_ms_after(session: Session, task: Task, *, context: int, size: int) -> float:
+def _pass_ms(session: Session, task: Task, context: int) -> dict[int, float]:
     session.forget(keep=0)
     session.decode(task.text_ids[:context])
-    token_ids = task.text_ids[context : context + size]
-    return median_ms(
-        lambda: session.decode(token_ids, all_logits=True),
+    return interleaved_ms(
+        {
+            size: functools.partial(session.decode, task.text_ids[context : context + size], all_logits=True)
+            for size in task.tree_sizes
+        },
         prepare=lambda: session.forget(keep=context),
         num_repeats=task.num_repeats,
     )

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
     `model` is a checkpoint directory or a GGUF file. Greedy decoding: `num_tokens` tokens after `prompt_ids`. Prefill:
     all of `text_ids` at once into an empty cache. Verification: `tree_sizes` tokens in one pass after each prefix of
-    `text_ids` that `contexts` gives the length of; every context is measured `num_repeats` times.
+    `text_ids` that `contexts` gives the length of. Batches: `batch_sizes` requests together. All of them are measured
+    `num_repeats` times.
     """
 
     model: str
@@ -36,7 +37,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     text_ids: tuple[int, ...]
     contexts: tuple[int, ...] = ()
     tree_sizes: tuple[int, ...] = ()
-    num_repeats: int = 3
+    num_repeats: int = 5
     batch_sizes: tuple[int, ...] = ()
 
 
@@ -89,18 +90,34 @@ def answer(measure: Callable[[Task], Timing]) -> None:
     answered.write_bytes(msgspec.json.encode(timing))
 
 
-def median_ms(run: Callable[[], object], *, prepare: Callable[[], object], num_repeats: int) -> float:
+def median_ms(run: Callable[[], object], *, num_repeats: int, prepare: Callable[[], object] = lambda: None) -> float:
     """Median milliseconds of `run`, each time after an untimed `prepare`; the first time of all is not counted."""
-    times: list[float] = []
+    return interleaved_ms({0: run}, num_repeats=num_repeats, prepare=prepare)[0]
+
+
+def interleaved_ms(
+    runs: Mapping[int, Callable[[], object]], *, num_repeats: int, prepare: Callable[[], object] = lambda: None
+) -> dict[int, float]:
+    """Median milliseconds of each of the runs, which take turns, so that none always finds what another left cached.
+
+    An untimed `prepare` comes before each; the first turn is not counted.
+    """
+    times: dict[int, list[float]] = {key: [] for key in runs}
     for _ in range(num_repeats + 1):
-        prepare()
-        started = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[1:])
+        for key, run in runs.items():
+            prepare()
+            started = time.perf_counter()
+            run()
+            times[key].append((time.perf_counter() - started) * 1e3)
+    return {key: statistics.median(each[1:]) for key, each in times.items()}
 
 
-def median_gap_ms(stamps: Sequence[float]) -> float:
-    """Median milliseconds from one token to the next, given when (seconds) each was there; NaN for fewer than two."""
-    gaps = [after - before for before, after in itertools.pairwise(stamps)]
-    return statistics.median(gaps) * 1e3 if gaps else float("nan")
+def median_of_each(contexts: Iterable[Mapping[int, float]]) -> dict[int, float]:
+    """By number of tokens, the median over contexts."""
+    every = list(contexts)
+    return {size: statistics.median(each[size] for each in every) for size in (every[0] if every else {})}
+
+
+def median_gap_ms(runs: Iterable[Sequence[float]]) -> float:
+    """Median milliseconds from one token to the next, given when (seconds) each token of each run was there."""
+    return statistics.median(after - before for stamps in runs for before, after in itertools.pairwise(stamps)) * 1e3
