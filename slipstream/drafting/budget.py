@@ -1,0 +1,159 @@
+"""The budget of a step: which drafted nodes of all running requests are worth verifying together.
+
+Chosen is the set of nodes with the most expected tokens per predicted second,
+
+    (requests + sum of survivals of the chosen nodes) / seconds of a step with so many nodes,
+
+no nodes at all being one of the choices. A node's survival is the probability that it is accepted, ancestors included
+(`survival.along_paths`), so it never rises along a path.
+
+The choice is exact. Take the nodes by falling survival, at equal survival parents first. (1) Every prefix of that
+order is closed: an ancestor of a node survives at least as well, so it comes earlier. (2) Among all sets of n nodes,
+closed or not, the first n have the largest sum. So they are the best closed set of n nodes; and since the seconds
+depend on the number alone, the best of these sets over all n is the best set. (A cost that depended on *which* nodes
+are chosen, say by predicting each node's experts, would lose this: the order is then a heuristic.)
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.drafting.tree import ROOT
+
+Float64 = NDArray[np.float64]
+
+RuleName = Literal["equality", "recursive_rejection", "block"]
+"""The names of `verification.RULES`."""
+
+
+class ForecastNodes(msgspec.Struct, frozen=True):
+    """X nodes of all requests before any of their tokens is drawn: the shape a tree may take.
+
+    Survivals know ranks, depths, match lengths and past steps, and nothing of this step's draws. `parents_X` are node
+    numbers among the X, before their children, or ROOT; `survivals_X` float64 in [0, 1], ancestors included.
+    """
+
+    survivals_X: Float64
+    parents_X: NDArray[np.int32]
+
+
+class DrawnNodes(msgspec.Struct, frozen=True):
+    """X candidates of all requests, whose survivals may know the tokens drawn; arrays as of ForecastNodes."""
+
+    survivals_X: Float64
+    parents_X: NDArray[np.int32]
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """Which of the X nodes are verified; `expected_tokens` and `predicted_s` are those of the step with them.
+
+    `is_speculation_worth_it` is whether it yields more tokens a second, drafting included, than a step without drafts;
+    False means the next steps had better not draft (`Cadence`).
+    """
+
+    is_chosen_X: NDArray[np.bool_]
+    num_chosen: int
+    expected_tokens: float
+    predicted_s: float
+    is_speculation_worth_it: bool
+
+
+@overload
+def choose_nodes(
+    nodes: DrawnNodes, step_s: Float64, *, num_requests: int, draft_s: float, rule: Literal["equality"]
+) -> Choice: ...
+
+
+@overload
+def choose_nodes(
+    nodes: ForecastNodes, step_s: Float64, *, num_requests: int, draft_s: float, rule: RuleName
+) -> Choice: ...
+
+
+def choose_nodes(
+    nodes: DrawnNodes | ForecastNodes, step_s: Float64, *, num_requests: int, draft_s: float, rule: RuleName
+) -> Choice:
+    """The closed set of nodes with the most expected tokens a second; of equal ones the smallest.
+
+    `step_s[n]` is the predicted time of the step with n nodes, already at the step's padded shape, so its last entry is
+    the largest set possible. `draft_s` is the time that drafting takes: with DrawnNodes it is spent whatever is chosen,
+    with ForecastNodes it is spent only if something is. Inputs are not changed.
+
+    Under a rule that rejects, which node is verified must not depend on what was drawn there, or the output is biased:
+    such a rule gets ForecastNodes, and what it gets back is a shape to draw. Raises ValueError for another pairing, for
+    survivals that rise along a path or are no probabilities, and for times that are not positive and finite.
+    """
+    is_drawn = isinstance(nodes, DrawnNodes)
+    if is_drawn and rule != "equality":
+        raise ValueError(f"rule is {rule!r}, and the nodes are drawn; choose among ForecastNodes before drawing")
+    _check(nodes, step_s, num_requests)
+    # A stable sort leaves equals in their order, parents first.
+    order = np.argsort(-nodes.survivals_X, kind="stable")[: len(step_s) - 1]
+    tokens_N = np.full(len(order) + 1, float(num_requests))
+    tokens_N[1:] += np.cumsum(nodes.survivals_X[order])
+    seconds_N = step_s[: len(order) + 1] + draft_s
+    plain_rate = num_requests / step_s[0]
+    if not is_drawn:
+        seconds_N[0] = step_s[0]
+    rates_N = tokens_N / seconds_N
+    best = int(rates_N.argmax())
+    is_chosen_X = np.zeros(len(nodes.survivals_X), dtype=np.bool_)
+    is_chosen_X[order[:best]] = True
+    is_worth_it = best > 0 and bool(rates_N[best] > plain_rate)
+    return Choice(is_chosen_X, best, float(tokens_N[best]), float(step_s[best]), is_worth_it)
+
+
+def _check(nodes: DrawnNodes | ForecastNodes, step_s: Float64, num_requests: int) -> None:
+    survivals_X, parents_X = nodes.survivals_X, nodes.parents_X
+    num_nodes = len(survivals_X)
+    if num_requests < 1 or len(step_s) < 1 or num_nodes != len(parents_X):
+        raise ValueError(
+            f"{num_requests} requests, {num_nodes} survivals, {len(parents_X)} parents, {len(step_s)} times; "
+            "expected at least 1 request, a parent for each survival, and at least 1 time"
+        )
+    if not (step_s.min() > 0 and step_s.max() < np.inf):
+        raise ValueError(f"predicted times are {step_s.min()} to {step_s.max()} s; expected positive and finite ones")
+    if num_nodes == 0:
+        return
+    if not (survivals_X.min() >= 0 and survivals_X.max() <= 1):
+        raise ValueError(f"survivals are {survivals_X.min()} to {survivals_X.max()}; expected 0 to 1, no NaN")
+    if parents_X.min() < ROOT or (parents_X >= np.arange(num_nodes, dtype=parents_X.dtype)).any():
+        raise ValueError(f"parents are {parents_X.min()} to {parents_X.max()}; expected {ROOT} or an earlier node")
+    # The root survives always; its "survival" is looked up at -1, the entry after the last node.
+    if (survivals_X > np.append(survivals_X, 1.0)[parents_X]).any():
+        raise ValueError("a node survives more often than its parent; give products of survivals along the path")
+
+
+class Cadence:
+    """When to decide about speculation: every step while it pays, and now and then while it does not.
+
+    While it is off, a step costs nothing more than plain decoding, except that every `steps_between` steps, or as soon
+    as the batch is half or double what it was, drafts are made and weighed once. So if drafting and weighing take d
+    seconds and plain steps t, the share lost is d / (steps_between t).
+    """
+
+    def __init__(self, *, steps_between: int) -> None:
+        if steps_between < 1:
+            raise ValueError(f"steps_between is {steps_between}, expected at least 1")
+        self._steps_between = steps_between
+        self._num_requests = 0
+        self._num_steps_off = 0
+        self._is_off = False
+
+    def is_due(self, *, num_requests: int) -> bool:
+        """Whether to draft in the coming step; to be asked once a step."""
+        if not self._is_off:
+            return True
+        self._num_steps_off += 1
+        has_changed = not self._num_requests < 2 * num_requests < 4 * self._num_requests
+        return has_changed or self._num_steps_off >= self._steps_between
+
+    def note(self, choice: Choice, *, num_requests: int) -> None:
+        """What was decided in a step that was due."""
+        self._is_off = not choice.is_speculation_worth_it
+        self._num_requests = num_requests
+        self._num_steps_off = 0

@@ -1,0 +1,241 @@
+"""What a step of the target costs on this machine, before it is taken.
+
+    predicted seconds = base(rows, context) + seconds per expert x distinct experts(rows)
+
+`base` is a table of measured points with straight lines between them, made at start-up by `measure` and corrected by
+every step that is taken. `distinct experts` is what the rows of a step wake per layer: E (1 - (1 - K/E) ** (n ** a))
+for n rows that each choose K of E experts, where a = 1 would be independent choices and less is what neighbours share;
+it is fitted online. A dense model has no such term.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Float64 = NDArray[np.float64]
+
+EXPONENT_AT_FIRST = 0.8
+"""What published expert loads of 2 to 15 tokens fit: 0.78, 0.80 and 0.84 for three models."""
+
+_FORGETTING = 0.995
+"""Weight that old evidence keeps at each step: the last 200 steps count."""
+
+_LEARNING_RATIO = 0.1
+"""Share of a step's error that the table takes over."""
+
+_LARGEST_SURPRISE_RATIO = 1.0
+"""An error counts up to this share of the prediction: a step that the machine interrupted says little."""
+
+
+_SMALLEST_S = 1e-9
+"""No step is predicted to take no time, whatever noise the table has taken over."""
+
+
+class StepProbe(Protocol):
+    """Runs one step of a given size, for `measure`."""
+
+    def __call__(self, num_rows: int, context_tokens: int, *, is_varied: bool) -> float:
+        """Run a pass over `num_rows` rows that each attend to `context_tokens` positions.
+
+        Rows hold different tokens if `is_varied`, else one token, so that they wake few experts. Returns the distinct
+        experts a layer used, their mean over layers; 0 for a dense model.
+        """
+
+
+class MeasuredSteps(msgspec.Struct, frozen=True):
+    """Seconds of steps at a grid of G rows x C contexts, both ascending, each with its distinct experts a layer.
+
+    `varied` and `alike` are what `StepProbe` says of tokens; without experts the two are measurements of the same.
+    """
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    varied_s_GC: Float64
+    alike_s_GC: Float64
+    varied_experts_GC: Float64
+    alike_experts_GC: Float64
+
+
+def measure(probe: StepProbe, *, rows: Sequence[int], contexts: Sequence[int], repeats: int = 5) -> MeasuredSteps:
+    """Time the probe at every point: the median of `repeats` runs after one that is not counted."""
+    seconds = np.empty((2, len(rows), len(contexts)))
+    experts = np.empty_like(seconds)
+    for kind, is_varied in enumerate((True, False)):
+        for row, num_rows in enumerate(rows):
+            for column, context in enumerate(contexts):
+                experts[kind, row, column] = probe(num_rows, context, is_varied=is_varied)
+                seconds[kind, row, column] = statistics.median(
+                    _timed(probe, num_rows, context, is_varied) for _ in range(repeats)
+                )
+    return MeasuredSteps(tuple(rows), tuple(contexts), seconds[0], seconds[1], experts[0], experts[1])
+
+
+def _timed(probe: StepProbe, num_rows: int, context: int, is_varied: bool) -> float:
+    start = time.perf_counter()
+    probe(num_rows, context, is_varied=is_varied)
+    return time.perf_counter() - start
+
+
+class ExpertUnion:
+    """Distinct experts that n rows wake in a layer, on average; the exponent is fitted to what steps woke."""
+
+    def __init__(self, *, num_experts: int, experts_per_token: int, exponent: float = EXPONENT_AT_FIRST) -> None:
+        if not 1 <= experts_per_token <= num_experts:
+            raise ValueError(f"{experts_per_token} of {num_experts} experts per token; expected 1 to {num_experts}")
+        self._num_experts = num_experts
+        self._experts_per_token = experts_per_token
+        # Sums of the line through the origin log(effective rows) = exponent x log(rows), with the start as evidence
+        # of one step of e rows.
+        self._log_rows_squared = 1.0
+        self._log_rows_log_effective = exponent
+
+    @property
+    def exponent(self) -> float:
+        """How the number of rows that choose independently grows with rows; between 0 and 1."""
+        return min(max(self._log_rows_log_effective / self._log_rows_squared, 0.0), 1.0)
+
+    def expected(self, num_rows: Float64) -> Float64:
+        """Distinct experts a layer for these numbers of rows (at least 0)."""
+        asleep = np.log1p(-min(self._experts_per_token / self._num_experts, 1 - 1e-12))
+        awake: Float64 = -np.expm1(asleep * num_rows**self.exponent)
+        return np.where(num_rows > 0, self._num_experts * awake, 0.0)
+
+    def observe(self, *, num_rows: int, num_experts: float) -> None:
+        """A step over `num_rows` rows used `num_experts` distinct experts a layer, their mean over layers.
+
+        Steps of one row say nothing, and neither do those that woke every expert.
+        """
+        share = num_experts / self._num_experts
+        largest = 1 - 0.5 / self._num_experts
+        if num_rows < 2 or not 0 < share < largest or self._experts_per_token == self._num_experts:
+            return
+        log_rows = np.log(num_rows)
+        effective = np.log1p(-share) / np.log1p(-self._experts_per_token / self._num_experts)
+        self._log_rows_squared = _FORGETTING * self._log_rows_squared + float(log_rows**2)
+        evidence = log_rows * np.log(max(effective, 1.0))
+        self._log_rows_log_effective = _FORGETTING * self._log_rows_log_effective + float(evidence)
+
+
+class StepCost:
+    """Predicts seconds of steps; `observe` corrects it by what steps took.
+
+    `mean_error_ratio` is the mean of |predicted - measured| / measured over the `num_steps` observed, newer ones more;
+    each was predicted before it was learned from.
+    """
+
+    def __init__(
+        self, measured: MeasuredSteps, *, experts: ExpertUnion | None = None, shape_buckets: Sequence[int] = ()
+    ) -> None:
+        """`shape_buckets` are the row counts, ascending, that steps are padded to; larger steps are not padded."""
+        self._rows = np.array(measured.rows, dtype=np.float64)
+        self._contexts = np.array(measured.contexts, dtype=np.float64)
+        if len(self._rows) == 0 or len(self._contexts) == 0 or not _ascending(self._rows, self._contexts):
+            raise ValueError(f"rows {measured.rows}, contexts {measured.contexts}: expected both ascending, not empty")
+        self._experts = experts
+        buckets = np.array((0, *shape_buckets), dtype=np.int64)
+        # Entry n is the bucket of n rows.
+        self._padded_rows = buckets[np.searchsorted(buckets, np.arange(buckets[-1] + 1))]
+        woken = measured.varied_experts_GC - measured.alike_experts_GC
+        slower_s = measured.varied_s_GC - measured.alike_s_GC
+        # Seconds per expert are the slope of (time against experts) over points that differ in the tokens alone.
+        self._woken_squared = float((woken**2).sum()) if experts else 0.0
+        self._woken_seconds = float((woken * slower_s).sum())
+        seconds = (measured.varied_s_GC + measured.alike_s_GC) / 2
+        num_experts = (measured.varied_experts_GC + measured.alike_experts_GC) / 2
+        self._base_s_GC = np.maximum(seconds - self.seconds_per_expert * num_experts, _SMALLEST_S)
+        self.num_steps = 0
+        self.mean_error_ratio = 0.0
+
+    @property
+    def seconds_per_expert(self) -> float:
+        """What one more distinct expert in every layer adds to a step; 0 for a dense model."""
+        return max(self._woken_seconds / self._woken_squared, 0.0) if self._woken_squared > 0 else 0.0
+
+    def predict_s(self, num_rows: NDArray[np.int64], *, context_tokens: float) -> Float64:
+        """Seconds of a step with each of these numbers of rows, rounded up to its bucket; inputs are not changed.
+
+        `context_tokens` is the mean number of positions a row attends to. Beyond the last measured point of either
+        the last line goes on, but never down.
+        """
+        rows = self._padded(np.asarray(num_rows)).astype(np.float64)
+        points_s = self._points_s(context_tokens)
+        seconds = np.interp(rows, self._rows, points_s)
+        if len(rows) and rows.max() > self._rows[-1] and len(self._rows) > 1:
+            slope = max((points_s[-1] - points_s[-2]) / (self._rows[-1] - self._rows[-2]), 0.0)
+            seconds += slope * np.maximum(rows - self._rows[-1], 0.0)
+        return seconds
+
+    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> Float64:
+        """Seconds of a step of `num_rows` rows and 0, 1, ... `max_nodes` nodes beside them: max_nodes + 1 entries."""
+        return self.predict_s(np.arange(num_rows, num_rows + max_nodes + 1), context_tokens=context_tokens)
+
+    def observe(
+        self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None = None
+    ) -> None:
+        """A step took `seconds`, and used `num_experts` distinct experts a layer if that is known."""
+        rows = int(self._padded(np.array([num_rows]))[0])
+        predicted = float(self.predict_s(np.array([num_rows]), context_tokens=context_tokens)[0])
+        self._note_error(abs(predicted - seconds) / max(seconds, 1e-9))
+        surprise = _LARGEST_SURPRISE_RATIO * predicted
+        error = min(max(seconds - predicted, -surprise), surprise)
+        if self._experts and num_experts is not None:
+            more = num_experts - float(self._experts.expected(np.array([float(rows)]))[0])
+            self._learn_experts(self._experts, more, error)
+            error -= more * self.seconds_per_expert
+            self._experts.observe(num_rows=num_rows, num_experts=num_experts)
+        self._correct(rows, context_tokens, error)
+
+    def _learn_experts(self, experts: ExpertUnion, more: float, error: float) -> None:
+        """A step woke `more` experts than expected, and took `error` seconds more than predicted."""
+        before = self.seconds_per_expert
+        self._woken_seconds = _FORGETTING * self._woken_seconds + more * error
+        self._woken_squared = _FORGETTING * self._woken_squared + more**2
+        # The table gives up what experts now account for: predictions of expected steps stay what they were.
+        change = self.seconds_per_expert - before
+        self._base_s_GC -= change * experts.expected(self._rows)[:, None]
+
+    def _note_error(self, error_ratio: float) -> None:
+        self.num_steps += 1
+        self.mean_error_ratio += max(1 - _FORGETTING, 1 / self.num_steps) * (error_ratio - self.mean_error_ratio)
+
+    def _correct(self, num_rows: int, context_tokens: float, error: float) -> None:
+        """Move the points around a step such that the table takes over its share of the error."""
+        row_weights = _hat_weights(self._rows, num_rows)
+        weights_GC = np.outer(row_weights, _hat_weights(self._contexts, context_tokens))
+        self._base_s_GC += _LEARNING_RATIO * error * weights_GC / (weights_GC**2).sum()
+        np.maximum(self._base_s_GC, _SMALLEST_S, out=self._base_s_GC)
+
+    def _points_s(self, context_tokens: float) -> Float64:
+        """Seconds at each measured number of rows, for this context."""
+        points_s: Float64 = self._base_s_GC @ _hat_weights(self._contexts, context_tokens)
+        if self._experts:
+            points_s = points_s + self.seconds_per_expert * self._experts.expected(self._rows)
+        return points_s
+
+    def _padded(self, num_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        padded = self._padded_rows.take(num_rows, mode="clip")
+        return np.maximum(padded, num_rows)
+
+
+def _hat_weights(points: Float64, value: float) -> Float64:
+    """What each point counts for at `value`, on straight lines between them and level outside."""
+    weights = np.zeros(len(points))
+    place = min(max(value, points[0]), points[-1])
+    right = int(np.searchsorted(points, place))
+    if points[right] == place:
+        weights[right] = 1.0
+        return weights
+    share = (place - points[right - 1]) / (points[right] - points[right - 1])
+    weights[right - 1], weights[right] = 1 - share, share
+    return weights
+
+
+def _ascending(*columns: Float64) -> bool:
+    return all((np.diff(column) > 0).all() for column in columns)

@@ -1,0 +1,209 @@
+"""The budget: the best closed set of nodes, found by one sort, and when to leave speculation alone."""
+
+from __future__ import annotations
+
+import itertools
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from slipstream import verification
+from slipstream.drafting.budget import Cadence, Choice, DrawnNodes, ForecastNodes, RuleName, choose_nodes
+
+Float64 = NDArray[np.float64]
+
+
+def drawn(survivals: list[float], parents: list[int]) -> DrawnNodes:
+    return DrawnNodes(np.array(survivals, dtype=np.float64), np.array(parents, dtype=np.int32))
+
+
+def chosen(nodes: DrawnNodes, step_s: list[float], *, num_requests: int = 1, draft_s: float = 0.0) -> Choice:
+    return choose_nodes(nodes, np.array(step_s), num_requests=num_requests, draft_s=draft_s, rule="equality")
+
+
+def test_worked_example_takes_the_nodes_that_pay() -> None:
+    # Tokens a second with 0, 1, 2, 3 nodes: 1/10, 1.8/12 = 0.150, 2.3/14 = 0.164, 2.4/20 = 0.120.
+    nodes = drawn([0.8, 0.1, 0.5], [-1, 0, 0])
+    choice = chosen(nodes, [10.0, 12.0, 14.0, 20.0])
+    assert choice.is_chosen_X.tolist() == [True, False, True]
+    assert (choice.num_chosen, choice.predicted_s) == (2, 14.0)
+    assert choice.expected_tokens == pytest.approx(2.3)
+    assert choice.is_speculation_worth_it
+
+
+def test_nodes_of_a_padded_shape_are_filled_up() -> None:
+    # Two nodes cost as much as one: the second is free, however unlikely.
+    choice = chosen(drawn([0.6, 0.01, 0.005], [-1, -1, -1]), [1.0, 1.2, 1.2, 9.0])
+    assert choice.is_chosen_X.tolist() == [True, True, False]
+
+
+def test_no_node_is_chosen_where_none_pays() -> None:
+    choice = chosen(drawn([0.3, 0.2], [-1, 0]), [1.0, 1.4, 1.6])
+    assert choice.num_chosen == 0
+    assert (choice.expected_tokens, choice.predicted_s) == (1.0, 1.0)
+    assert not choice.is_speculation_worth_it
+
+
+def test_requests_share_one_budget() -> None:
+    # The second request's chain is better throughout: it gets both nodes.
+    nodes = drawn([0.3, 0.2, 0.9, 0.8], [-1, 0, -1, 2])
+    choice = chosen(nodes, [4.0, 4.2, 4.4, 6.0, 6.2], num_requests=2)
+    assert choice.is_chosen_X.tolist() == [False, False, True, True]
+
+
+def test_there_are_no_more_nodes_than_times() -> None:
+    assert chosen(drawn([1.0, 1.0, 1.0], [-1, 0, 1]), [1.0, 1.0]).num_chosen == 1
+
+
+def test_nothing_drafted_is_a_plain_step() -> None:
+    choice = chosen(drawn([], []), [2.0, 2.1], num_requests=3)
+    assert (choice.num_chosen, choice.expected_tokens, choice.predicted_s) == (0, 3.0, 2.0)
+
+
+def test_drafting_that_is_paid_for_is_used_but_not_worth_it() -> None:
+    # Spent drafting makes the node worth verifying (1.9 / 2.1 against 1 / 2), yet plain steps yield 1 / 1.
+    choice = chosen(drawn([0.9], [-1]), [1.0, 1.1], draft_s=1.0)
+    assert choice.num_chosen == 1
+    assert not choice.is_speculation_worth_it
+
+
+def test_drafting_that_is_still_to_be_paid_for_counts_against_the_nodes() -> None:
+    nodes = ForecastNodes(np.array([0.9]), np.array([-1], dtype=np.int32))
+    choice = choose_nodes(nodes, np.array([1.0, 1.1]), num_requests=1, draft_s=1.0, rule="recursive_rejection")
+    assert choice.num_chosen == 0
+
+
+@pytest.mark.parametrize("rule", ["recursive_rejection", "block"])
+def test_a_rule_that_rejects_cannot_look_at_what_was_drawn(rule: str) -> None:
+    with pytest.raises(ValueError, match="ForecastNodes"):
+        choose_nodes(drawn([0.5], [-1]), np.ones(2), num_requests=1, draft_s=0.0, rule=rule)  # type: ignore[call-overload]
+
+
+def test_every_rule_has_its_name() -> None:
+    assert set(get_args(RuleName)) == set(verification.RULES)
+
+
+@pytest.mark.parametrize(
+    ("survivals", "parents", "step_s", "message"),
+    [
+        ([0.5, 0.6], [-1, 0], [1.0, 1.0, 1.0], "more often than its parent"),
+        ([float("nan")], [-1], [1.0, 1.0], "no NaN"),
+        ([1.5], [-1], [1.0, 1.0], "0 to 1"),
+        ([-0.5], [-1], [1.0, 1.0], "0 to 1"),
+        ([0.5, 0.5], [1, -1], [1.0, 1.0], "earlier node"),
+        ([0.5], [-2], [1.0, 1.0], "earlier node"),
+        ([0.5], [-1, -1], [1.0, 1.0], "a parent for each"),
+        ([0.5], [-1], [], "at least 1 time"),
+        ([0.5], [-1], [1.0, 0.0], "positive"),
+        ([0.5], [-1], [1.0, float("nan")], "positive"),
+        ([0.5], [-1], [1.0, float("inf")], "positive"),
+    ],
+)
+def test_what_no_budget_can_be_made_of_is_refused(
+    survivals: list[float], parents: list[int], step_s: list[float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        chosen(drawn(survivals, parents), step_s)
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> DrawnNodes:
+    """Up to 10 nodes; few distinct factors, so that survivals are often equal, along paths too."""
+    size = draw(st.integers(0, 10))
+    parents = [draw(st.integers(-1, node - 1)) for node in range(size)]
+    survivals: list[float] = []
+    for parent in parents:
+        factor = draw(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]) | st.floats(0, 1))
+        survivals.append(factor * (survivals[parent] if parent >= 0 else 1.0))
+    return drawn(survivals, parents)
+
+
+TIMES = st.lists(st.sampled_from([1.0, 1.1, 1.5, 2.0, 4.0]) | st.floats(0.5, 5), min_size=1, max_size=12)
+
+
+@given(forests(), TIMES, st.integers(1, 4), st.floats(0, 2))
+def test_no_closed_set_yields_more_tokens_a_second(
+    nodes: DrawnNodes, step_s: list[float], num_requests: int, draft_s: float
+) -> None:
+    choice = chosen(nodes, step_s, num_requests=num_requests, draft_s=draft_s)
+    survivals, parents = nodes.survivals_X, nodes.parents_X.tolist()
+    assert is_closed(choice.is_chosen_X.tolist(), parents)
+    assert choice.num_chosen == choice.is_chosen_X.sum() < len(step_s)
+    best = 0.0
+    for some in itertools.product([False, True], repeat=len(parents)):
+        if sum(some) < len(step_s) and is_closed(list(some), parents):
+            tokens = num_requests + survivals[np.array(some, dtype=bool)].sum()
+            best = max(best, tokens / (step_s[sum(some)] + draft_s))
+    assert choice.expected_tokens / (choice.predicted_s + draft_s) == pytest.approx(best, rel=1e-12)
+
+
+@given(forests())
+def test_of_each_size_the_best_closed_set_is_the_most_surviving_nodes(nodes: DrawnNodes) -> None:
+    survivals, parents = nodes.survivals_X, nodes.parents_X.tolist()
+    for size in range(len(parents) + 1):
+        # A step that is nearly free at this size alone makes the choice that size, so that its set shows.
+        step_s = [1e9] * size + [1e-9]
+        got = chosen(nodes, step_s)
+        subsets = itertools.combinations(range(len(parents)), size)
+        closed = [some for some in subsets if is_closed([node in some for node in range(len(parents))], parents)]
+        assert got.num_chosen == size
+        assert survivals[got.is_chosen_X].sum() == pytest.approx(max(survivals[list(some)].sum() for some in closed))
+
+
+@given(forests(), TIMES)
+def test_never_worse_than_not_speculating(nodes: DrawnNodes, step_s: list[float]) -> None:
+    choice = chosen(nodes, step_s)
+    assert choice.expected_tokens / choice.predicted_s >= 1 / step_s[0]
+    assert choice.is_speculation_worth_it == (choice.num_chosen > 0)
+
+
+def test_inputs_are_not_changed() -> None:
+    nodes, step_s = drawn([0.9, 0.5], [-1, 0]), np.array([1.0, 1.1, 1.2])
+    choose_nodes(nodes, step_s, num_requests=1, draft_s=0.5, rule="equality")
+    assert nodes.survivals_X.tolist() == [0.9, 0.5]
+    assert step_s.tolist() == [1.0, 1.1, 1.2]
+
+
+def test_while_it_pays_every_step_is_decided() -> None:
+    cadence = Cadence(steps_between=10)
+    for _ in range(3):
+        assert cadence.is_due(num_requests=4)
+        cadence.note(decision(pays=True), num_requests=4)
+
+
+def test_while_it_does_not_pay_every_nth_step_is_decided() -> None:
+    cadence = Cadence(steps_between=4)
+    due = []
+    for step in range(12):
+        if cadence.is_due(num_requests=4):
+            due.append(step)
+            cadence.note(decision(pays=False), num_requests=4)
+    assert due == [0, 4, 8]
+
+
+@pytest.mark.parametrize(("before", "now", "is_due"), [(4, 8, True), (8, 4, True), (8, 7, False), (8, 15, False)])
+def test_a_batch_of_half_or_double_the_size_is_decided_anew(before: int, now: int, is_due: bool) -> None:
+    cadence = Cadence(steps_between=100)
+    cadence.note(decision(pays=False), num_requests=before)
+    assert cadence.is_due(num_requests=now) == is_due
+
+
+def test_speculation_comes_back_when_a_decision_finds_that_it_pays() -> None:
+    cadence = Cadence(steps_between=2)
+    cadence.note(decision(pays=False), num_requests=1)
+    assert not cadence.is_due(num_requests=1)
+    assert cadence.is_due(num_requests=1)
+    cadence.note(decision(pays=True), num_requests=1)
+    assert cadence.is_due(num_requests=1)
+
+
+def decision(*, pays: bool) -> Choice:
+    return Choice(np.zeros(0, dtype=np.bool_), 0, 1.0, 1.0, pays)
+
+
+def is_closed(is_chosen: list[bool], parents: list[int]) -> bool:
+    return all(parent < 0 or is_chosen[parent] for node, parent in enumerate(parents) if is_chosen[node])
