@@ -28,7 +28,7 @@ from slipstream.models.checkpoint import Checkpoint, load_checkpoint
 from slipstream.telemetry import ReplicaMetrics
 
 MAX_STEP_TOKENS = 512
-BATCH_PROMPT_TOKENS = 64
+BATCH_PROMPT_TOKENS = 32
 BATCH_TOKENS = 32
 _WARM_UP_TOKENS = 8
 

@@ -37,7 +37,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     text_ids: tuple[int, ...]
     contexts: tuple[int, ...] = ()
     tree_sizes: tuple[int, ...] = ()
-    num_repeats: int = 5
+    num_repeats: int = 3
     batch_sizes: tuple[int, ...] = ()
 
 
