@@ -17,9 +17,7 @@ from torch import Tensor
 from slipstream.drafting.tree import ROOT
 from slipstream.engine.sampling import Draw
 from slipstream.verification.chance import Purpose, stream
-from slipstream_kernels.isa import is_available
-from slipstream_kernels.noise import gumbel_noise
-from slipstream_kernels.sampling import SampleRows, noise, row_bytes
+from slipstream_kernels.sampling import row_bytes
 
 
 class Siblings(NamedTuple):
@@ -43,9 +41,10 @@ class BeamLevel(NamedTuple):
 
 
 def independent_row(draw: Draw, *, redraw: int, parent: int = ROOT) -> bytes:
-    """The sample row, for `sampling.sample_rows`, whose noise draws the children of `parent` for a rejection rule.
+    """The sample row whose noise draws the children of `parent` for a rejection rule.
 
     It is apart from the noise of the target, of other nodes and of other passes; `redraw` counts the passes before.
+    `slipstream_kernels.sampling.sample_rows` sets the position, `slipstream.verification.chance.noise_of` makes noise.
     """
     key = stream(Purpose.DRAFT, redraw=redraw, lane=parent + 1)
     return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index, redraw=key)
@@ -54,21 +53,6 @@ def independent_row(draw: Draw, *, redraw: int, parent: int = ROOT) -> bytes:
 def shared_row(draw: Draw) -> bytes:
     """The sample row whose noise is the target's own, for drafts verified by equality."""
     return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index)
-
-
-def noise_of(rows_X: SampleRows, *, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """The Gumbel noise float64 [X, V] of sample rows, on a device; the same bits on every one."""
-    if torch.device(device).type == "cpu" and is_available():
-        rows = [torch.from_numpy(noise(rows_X[row : row + 1], vocab_size)) for row in range(len(rows_X))]
-        return torch.stack(rows) if rows else torch.empty(0, vocab_size, dtype=torch.float64)
-    columns = {name: torch.from_numpy(rows_X[name].astype("int64")).to(device) for name in rows_X.dtype.names or ()}
-    return gumbel_noise(
-        seeds_X=columns["seed"],
-        sample_indices_X=columns["sample_index"],
-        redraws_X=columns["redraw"],
-        positions_X=columns["position"],
-        vocab_size=vocab_size,
-    )
 
 
 def gumbel_top_k(logprobs_XV: Tensor, noise_XV: Tensor, *, num_draws: int) -> Siblings:
@@ -108,8 +92,9 @@ def next_beams(
 def conditioned(free_scores_C: Tensor, largest_1: Tensor) -> Tensor:
     """Perturbed scores, largest first, moved so that their largest is `largest_1`: -log(e^-g - e^-Z + e^-score).
 
-    The stable form of Kool et al., appendix B.3; the last dimension runs over candidates.
+    The stable form of Kool et al., appendix B.3, with expm1 for the digits of nearly equal scores; the last dimension
+    runs over candidates.
     """
-    shift = largest_1 - free_scores_C + torch.log1p(-torch.exp(free_scores_C - free_scores_C[..., :1]))
+    shift = largest_1 - free_scores_C + torch.log(-torch.expm1(free_scores_C - free_scores_C[..., :1]))
     moved = largest_1 - shift.clamp(min=0) - torch.log1p(torch.exp(-shift.abs()))
     return torch.where(free_scores_C.isneginf() | largest_1.isneginf(), -torch.inf, moved)

@@ -21,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream_kernels.isa import is_available
 from slipstream_kernels.noise import gumbel_noise, philox
+from slipstream_kernels.sampling import SampleRows, noise, row_bytes, sample_rows
 
 Row = TypeVar("Row", Tensor, NDArray[Any])
 """A vector or matrix over the vocabulary. Rules use only what tensors and arrays have in common, so that what is proven
@@ -34,6 +36,7 @@ _PURPOSE_SHIFT = 29
 
 _MASK = 0xFFFFFFFF
 _UNIFORM_BITS = 52
+_KEY_COLUMNS = ("seed", "sample_index", "redraw", "position")
 
 
 class Purpose(enum.IntEnum):
@@ -90,23 +93,33 @@ class KeyedChance:
         """By the target's own noise for TARGET, else by inverting the cumulative weights."""
         weights = torch.as_tensor(weights_V, dtype=torch.float64)
         if purpose == Purpose.TARGET:
-            return int((weights.log() + self._gumbel(weights, depth)).argmax())
+            noise_V = self._noise(depth, vocab_size=len(weights), device=weights.device)
+            return int((weights.log() + noise_V).argmax())
         cumulative = weights.cumsum(0)
         # A product rounded to double stays below the last sum, so a token is found, and its own weight is above 0.
         return int(torch.searchsorted(cumulative, self._uniform(purpose, depth, 0) * cumulative[-1], right=True))
 
     def _uniform(self, purpose: Purpose, depth: int, index: int) -> float:
         counter = (index, self._first_position + depth, self._sample_index, self._streams[purpose])
-        high, low, *_ = philox(counter, (self._seed & _MASK, self._seed >> 32 & _MASK))
-        return ((high << _UNIFORM_BITS - 32 | low >> 64 - _UNIFORM_BITS) + 0.5) * 2.0**-_UNIFORM_BITS
+        high, low, *_ = philox(counter, (self._seed & _MASK, (self._seed >> 32) & _MASK))
+        return ((high << (_UNIFORM_BITS - 32) | low >> (64 - _UNIFORM_BITS)) + 0.5) * 2.0**-_UNIFORM_BITS
 
-    def _gumbel(self, weights: Tensor, depth: int) -> Tensor:
-        words = (self._seed, self._sample_index, self._streams[Purpose.TARGET], self._first_position + depth)
-        seed, sample_index, redraw, position = (torch.tensor([word], device=weights.device) for word in words)
-        return gumbel_noise(
-            seeds_X=seed,
-            sample_indices_X=sample_index,
-            redraws_X=redraw,
-            positions_X=position,
-            vocab_size=len(weights),
-        )[0]
+    def _noise(self, depth: int, *, vocab_size: int, device: torch.device) -> Tensor:
+        key = self._streams[Purpose.TARGET]
+        row = row_bytes(seed=self._seed, temperature=1.0, sample_index=self._sample_index, redraw=key)
+        return noise_of(sample_rows([row], [self._first_position + depth]), vocab_size=vocab_size, device=device)[0]
+
+
+def noise_of(rows_X: SampleRows, *, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The Gumbel noise float64 [X, V] of sample rows, on a device; the same bits on every one."""
+    if torch.device(device).type == "cpu" and is_available():
+        rows = [torch.from_numpy(noise(rows_X[row : row + 1], vocab_size)) for row in range(len(rows_X))]
+        return torch.stack(rows) if rows else torch.empty(0, vocab_size, dtype=torch.float64)
+    columns = {name: torch.from_numpy(rows_X[name].astype("int64")).to(device) for name in _KEY_COLUMNS}
+    return gumbel_noise(
+        seeds_X=columns["seed"],
+        sample_indices_X=columns["sample_index"],
+        redraws_X=columns["redraw"],
+        positions_X=columns["position"],
+        vocab_size=vocab_size,
+    )

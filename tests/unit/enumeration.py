@@ -5,7 +5,6 @@ An experiment is the code that serves (`slipstream.verification`), given a `Chan
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -179,18 +178,16 @@ def emitted_law(
     passed = law_of(lambda chance: rule(scored(draws(chance), target, draft), chance).token_ids)
     law: Law = defaultdict(Fraction)
     for path, mass in passed.items():
-        for rest, probability in joint_law(
-            lambda after, path=path: target((*path, *after)), length - len(path)
-        ).items():
+        for rest, probability in joint_law(_behind(target, path), length - len(path)).items():
             law[(*path, *rest)] += mass * probability
     return law
+
+
+def _behind(model: Model, path: Tokens) -> Model:
+    return lambda after: model((*path, *after))
 
 
 def total_variation(law: Law, other: Law) -> Fraction:
     """Half the sum of the differences: 0 if and only if the laws are equal."""
     tokens = set(law) | set(other)
     return sum((abs(law.get(each, Fraction(0)) - other.get(each, Fraction(0))) for each in tokens), Fraction(0)) / 2
-
-
-def all_paths(vocab_size: int, length: int) -> list[Tokens]:
-    return list(itertools.product(range(vocab_size), repeat=length))
