@@ -41,7 +41,7 @@ from tests.unit.keyed_decoding import (
 from tests.unit.mutant_rules import BIASED_DRAFTS, Spoil, pruned_by_path
 
 NUM_REQUESTS = 3000
-CHUNK = 1024
+CHUNK = 128
 
 
 # --------------------------------------------------------------------------------------------- one token, many of them
