@@ -1,5 +1,7 @@
 #include "attention.h"
 
+#include <algorithm>
+
 namespace SLIPSTREAM_ISA {
 namespace {
 
@@ -7,14 +9,24 @@ constexpr int kGroup = 4;  // blocks, or ancestors, whose sums run side by side 
 constexpr int kBlockVectors = kBlock / kLanes;
 
 // Scores of kCount blocks: every lane adds its products over the head from first to last.
+//
+// Weights have driven the cache out since the last pass, and a block is too short for the processor to foresee the
+// next, so this asks for what comes: the keys of the next kCount blocks, and this block's values, line by line.
 template <int kCount>
-void block_scores(const HeadCache& cache, const int* table, const float* head, int head_dim, float scale, float* out) {
+void block_scores(const HeadCache& cache, const int* table, int num_ahead, const float* head, int head_dim, float scale,
+                  float* out) {
     Floats sums[kCount][kBlockVectors] = {};
-    const float* keys[kCount];
-    for (int b = 0; b < kCount; ++b) keys[b] = cache.block_keys + table[b] * cache.block_stride;
+    const float *keys[kCount], *values[kCount], *ahead[kCount];
+    for (int b = 0; b < kCount; ++b) {
+        keys[b] = cache.block_keys + table[b] * cache.block_stride;
+        values[b] = cache.block_values + table[b] * cache.block_stride;
+        ahead[b] = cache.block_keys + table[std::min(b + kCount, num_ahead)] * cache.block_stride;
+    }
     for (int i = 0; i < head_dim; ++i) {
         const Floats value = splat(head[i]);
         for (int b = 0; b < kCount; ++b) {
+            __builtin_prefetch(ahead[b] + i * kBlock);
+            __builtin_prefetch(values[b] + i * kBlock);
             for (int v = 0; v < kBlockVectors; ++v) {
                 sums[b][v] = fma(load(keys[b] + i * kBlock + v * kLanes), value, sums[b][v]);
             }
@@ -42,10 +54,12 @@ void all_scores(const HeadCache& cache, const Query& query, int head_dim, float*
     const int num_blocks = (query.num_committed + kBlock - 1) / kBlock;
     int b = 0;
     for (; b + kGroup <= num_blocks; b += kGroup) {
-        block_scores<kGroup>(cache, query.table + b, query.head, head_dim, scale, scores + b * kBlock);
+        const int num_ahead = num_blocks - 1 - b;
+        block_scores<kGroup>(cache, query.table + b, num_ahead, query.head, head_dim, scale, scores + b * kBlock);
     }
     for (; b < num_blocks; ++b) {
-        block_scores<1>(cache, query.table + b, query.head, head_dim, scale, scores + b * kBlock);
+        const int num_ahead = num_blocks - 1 - b;
+        block_scores<1>(cache, query.table + b, num_ahead, query.head, head_dim, scale, scores + b * kBlock);
     }
     float* const beyond = scores + query.num_committed;
     int a = 0;

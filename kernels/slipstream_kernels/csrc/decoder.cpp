@@ -26,7 +26,9 @@ Decoder::Decoder(const SlipstreamSizes& sizes)
       num_experts_(std::max(1, sizes.experts)),
       experts_per_token_(std::max(1, sizes.experts_per_token)),
       delta_width_(round_up(sizes.hidden, kPanel)),
-      qkv_width_(round_up((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, kPanel)) {
+      qkv_width_(round_up((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, kPanel)),
+      hidden_stride_(row_stride(sizes.hidden)),
+      attended_stride_(row_stride(sizes.heads * sizes.head_dim)) {
     for (int layer = 0; layer < sizes.layers; ++layer) {
         layers_.push_back(std::make_unique<Layer>(Experts(num_experts_, sizes.hidden, sizes.inner)));
     }
@@ -35,9 +37,9 @@ Decoder::Decoder(const SlipstreamSizes& sizes)
     block_store_ = zeros(per_position * sizes.num_blocks * kBlock);
     node_store_ = zeros(per_position * std::max(1, sizes.num_node_slots));
     scratch_.x = unset(rows * sizes.hidden);
-    scratch_.normed = unset(rows * sizes.hidden);
+    scratch_.normed = unset(rows * hidden_stride_);
     scratch_.qkv = unset(rows * qkv_width_);
-    scratch_.attended = unset(rows * sizes.heads * sizes.head_dim);
+    scratch_.attended = unset(rows * attended_stride_);
     scratch_.delta = unset(rows * delta_width_);
     scratch_.activated = unset(choices * layers_[0]->mlp.activated_width());
     scratch_.expert_out = unset(choices * layers_[0]->mlp.out_width());

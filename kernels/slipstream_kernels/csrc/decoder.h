@@ -23,9 +23,9 @@ struct Layer {
 // What one pass works on; every buffer is allocated once, for `max_rows` rows.
 struct Scratch {
     Buffer x;           // residual stream [T, hidden]
-    Buffer normed;      // what a product reads [T, hidden]
+    Buffer normed;      // what a product reads [T, row_stride(hidden)]
     Buffer qkv;         // [T, (heads + 2 kv heads) * head_dim], padded to panels
-    Buffer attended;    // [T, heads * head_dim]
+    Buffer attended;    // [T, row_stride(heads * head_dim)]
     Buffer delta;       // what attention adds [T, hidden], padded to panels
     Buffer activated;   // silu(gate) * up of every chosen expert [T * K, inner], padded
     Buffer expert_out;  // [T * K, hidden], padded to panels
@@ -62,7 +62,7 @@ class Decoder {
     float* node_values(int layer, int kv_head, int slot) const;
 
     SlipstreamSizes sizes_;
-    int num_experts_, experts_per_token_, delta_width_, qkv_width_;
+    int num_experts_, experts_per_token_, delta_width_, qkv_width_, hidden_stride_, attended_stride_;
     const void* embedding_ = nullptr;
     SlipstreamType embedding_type_ = kFp32;
     const float *cosines_ = nullptr, *sines_ = nullptr;

@@ -25,7 +25,7 @@ std::vector<int> gates_beside_ups(int inner) {
 Experts::Experts(int num_experts, int hidden, int inner)
     : hidden_(hidden),
       inner_(inner),
-      activated_width_(round_up(inner, kHalf)),
+      activated_width_(row_stride(round_up(inner, kHalf))),
       out_width_(round_up(hidden, kPanel)),
       gate_up_(num_experts),
       down_(num_experts) {}
@@ -74,8 +74,8 @@ struct ExpertPass {
         });
     }
 
-    void run(Phases& phases, const float* rows, float* activated, float* out) const {
-        const auto row_of = [&](int choice) { return rows + size_t(choice / routing.num_chosen) * experts.hidden_; };
+    void run(Phases& phases, const float* rows, int stride, float* activated, float* out) const {
+        const auto row_of = [&](int choice) { return rows + size_t(choice / routing.num_chosen) * stride; };
         product(phases, experts.gate_up_, row_of, [&](int choice, int panel, const float* outputs) {
             float* const to = activated + size_t(choice) * experts.activated_width_ + panel * kHalf;
             silu_product(outputs, outputs + kHalf, kHalf, to);
@@ -87,9 +87,9 @@ struct ExpertPass {
     }
 };
 
-void run_experts(Phases& phases, const Experts& experts, const Routing& routing, const float* rows, float* activated,
-                 float* out) {
-    ExpertPass{experts, routing}.run(phases, rows, activated, out);
+void run_experts(Phases& phases, const Experts& experts, const Routing& routing, const float* rows, int stride,
+                 float* activated, float* out) {
+    ExpertPass{experts, routing}.run(phases, rows, stride, activated, out);
 }
 
 void add_experts(const Experts& experts, const Routing& routing, int row, const float* out, float* to) {

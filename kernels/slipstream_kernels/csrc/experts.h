@@ -47,9 +47,10 @@ struct Routing {
 // Fill starts, choices, active and num_active from `experts`.
 void group_by_expert(const Routing& routing, int num_rows, int num_experts);
 
-// Two phases: activated[choice] = silu(gate) * up of its row, then out[choice] = down * activated[choice].
-void run_experts(Phases& phases, const Experts& experts, const Routing& routing, const float* rows, float* activated,
-                 float* out);
+// Two phases: activated[choice] = silu(gate) * up of its row, then out[choice] = down * activated[choice]. Rows are
+// `stride` floats apart.
+void run_experts(Phases& phases, const Experts& experts, const Routing& routing, const float* rows, int stride,
+                 float* activated, float* out);
 
 // to[0..hidden) += weight * out of every choice of a row, best expert first: the order of the sum belongs to the row.
 void add_experts(const Experts& experts, const Routing& routing, int row, const float* out, float* to);

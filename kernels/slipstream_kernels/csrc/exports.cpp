@@ -91,7 +91,7 @@ void SLIPSTREAM_EXPORT(experts_run)(const void* experts, const float* x, int32_t
     std::vector<float> activated(size_t(num_choices) * weights.activated_width());
     std::vector<float> expert_out(size_t(num_choices) * weights.out_width());
     in_pass([&](Phases& phases) {
-        isa::run_experts(phases, weights, routing, x, activated.data(), expert_out.data());
+        isa::run_experts(phases, weights, routing, x, weights.hidden(), activated.data(), expert_out.data());
     });
     for (int row = 0; row < num_rows; ++row) {
         float* const to = out + size_t(row) * weights.hidden();

@@ -33,14 +33,13 @@ struct ForwardPass {
         const Layer& layer = *decoder.layers_[index];
         const Routing routes = routing(index);
         const bool is_last = index + 1 == sizes.layers;
-        product(phases, layer.qkv, scratch.normed.get(), sizes.hidden, scratch.qkv.get(), decoder.qkv_width_);
+        product(phases, layer.qkv, scratch.normed.get(), decoder.hidden_stride_, scratch.qkv.get(), decoder.qkv_width_);
         phases.run(num_rows, [&](int row) { rotate_and_write(layer, index, row); });
-        const int groups = num_rows < 8 ? sizes.heads : 1;  // few rows: every head is a task
-        phases.run(num_rows * groups, [&](int task) {
-            const int heads = sizes.heads / groups, first = task % groups * heads;
-            for (int head = first; head < first + heads; ++head) attend_head(phases.thread(), index, task / groups, head);
+        // Rows of one sequence read the same keys: head by head, they find them in the cache of the processor.
+        phases.run(sizes.kv_heads * num_rows, [&](int task) {
+            attend_heads(phases.thread(), index, task % num_rows, task / num_rows);
         });
-        product(phases, layer.attention_out, scratch.attended.get(), sizes.heads * sizes.head_dim, scratch.delta.get(),
+        product(phases, layer.attention_out, scratch.attended.get(), decoder.attended_stride_, scratch.delta.get(),
                 decoder.delta_width_);
         phases.run(
             num_rows,
@@ -50,7 +49,8 @@ struct ForwardPass {
                 choose_experts(layer, index, row);
             },
             [&] { group_by_expert(routes, num_rows, decoder.num_experts_); });
-        run_experts(phases, layer.mlp, routes, scratch.normed.get(), scratch.activated.get(), scratch.expert_out.get());
+        run_experts(phases, layer.mlp, routes, scratch.normed.get(), decoder.hidden_stride_, scratch.activated.get(),
+                    scratch.expert_out.get());
         phases.run(num_rows, [&](int row) {
             add_experts(layer.mlp, routes, row, scratch.expert_out.get(), x(row));
             norm_into(row, is_last ? decoder.final_norm_ : decoder.layers_[index + 1]->attention_norm);
@@ -58,7 +58,7 @@ struct ForwardPass {
     }
 
     float* x(int row) { return scratch.x.get() + size_t(row) * sizes.hidden; }
-    float* normed(int row) { return scratch.normed.get() + size_t(row) * sizes.hidden; }
+    float* normed(int row) { return scratch.normed.get() + size_t(row) * decoder.hidden_stride_; }
 
     void embed(int row) {
         const size_t first = size_t(plan.ids[row]) * sizes.hidden;
@@ -124,12 +124,18 @@ struct ForwardPass {
         std::copy(value, value + size, decoder.block_values(index, head, block) + offset * size);
     }
 
-    void attend_head(int thread, int index, int row, int head) {
-        const int first = plan.ancestor_starts[row], size = sizes.head_dim;
-        const Query query{scratch.qkv.get() + size_t(row) * decoder.qkv_width_ + head * size, table(row),
-                          plan.ancestors + first, plan.num_committed[row], plan.ancestor_starts[row + 1] - first};
-        attend(decoder.head_cache(index, head * sizes.kv_heads / sizes.heads), query, size,
-               scratch.scores[thread].get(), scratch.attended.get() + (size_t(row) * sizes.heads + head) * size);
+    // The query heads that share a key head.
+    void attend_heads(int thread, int index, int row, int kv_head) {
+        const int size = sizes.head_dim, num_shared = sizes.heads / sizes.kv_heads, head = kv_head * num_shared;
+        const int first = plan.ancestor_starts[row], num_ancestors = plan.ancestor_starts[row + 1] - first;
+        const float* const queries = scratch.qkv.get() + size_t(row) * decoder.qkv_width_ + head * size;
+        float* const out = scratch.attended.get() + size_t(row) * decoder.attended_stride_ + head * size;
+        const HeadCache cache = decoder.head_cache(index, kv_head);
+        for (int shared = 0; shared < num_shared; ++shared) {
+            const Query query{queries + shared * size, table(row), plan.ancestors + first, plan.num_committed[row],
+                              num_ancestors};
+            attend(cache, query, size, scratch.scores[thread].get(), out + shared * size);
+        }
     }
 
     // This layer's part of the routing buffers, see Scratch.

@@ -17,6 +17,10 @@ namespace SLIPSTREAM_ISA {
 constexpr int kVectors = 4;
 constexpr int kPanel = kVectors * kLanes;  // outputs that are computed together
 
+// Floats from one row to the next of what a product reads. Rows a power of two apart would all fall into the same few
+// lines of the first-level cache; one line more spreads them.
+inline int row_stride(int inner) { return (inner + 15) / 16 * 16 + 16; }
+
 // A weight matrix [outputs, inner] in panels, each contiguous: for every pair of inner indices, kPanel words that hold
 // two bf16 (the even index in the low half); or for every inner index kPanel fp32. A pass reads it once, in order.
 class Packed {
