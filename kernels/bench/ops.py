@@ -97,13 +97,13 @@ def _attention(num_committed: int) -> Line:
     node_keys, node_values = _random(num_nodes, HEAD_SIZE), _random(num_nodes, HEAD_SIZE)
     tables_TC = torch.arange(num_blocks, dtype=torch.int32).repeat(num_nodes, 1)
     committed_T = torch.full((num_nodes,), num_committed, dtype=torch.int32)
-    query_Td = _random(num_nodes, HEAD_SIZE)
+    query_THd = _random(num_nodes, 1, HEAD_SIZE)
     ancestors = [range(node + 1) for node in range(num_nodes)]
     return Line(
         f"attention, one head, {num_committed} positions",
         num_nodes,
         lambda: ops.tree_attention(
-            query_Td,
+            query_THd,
             keys,
             values,
             node_keys,

@@ -83,7 +83,7 @@ def expert_mlp(x_TD: Tensor, experts: PackedExperts, expert_ids_TK: Tensor, weig
 
 
 def tree_attention(
-    query_Td: Tensor,
+    query_THd: Tensor,
     block_keys: Tensor,
     block_values: Tensor,
     node_keys: Tensor,
@@ -93,26 +93,26 @@ def tree_attention(
     num_committed_T: Tensor,
     ancestors: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Attention [T, d] of one head: over committed positions in blocks, then over each query's ancestors in order.
+    """Attention [T, H, d] of the query heads that share a key head.
+
+    Each row attends to committed positions in blocks, then to its ancestors in order.
 
     `block_keys` is [blocks, d, 16] (positions last), `block_values` [blocks, 16, d], node keys and values [slots, d].
     """
-    size = query_Td.shape[1]
-    out_Td = torch.empty_like(query_Td)
+    out_THd = torch.empty_like(query_THd)
     starts = np.cumsum([0, *map(len, ancestors)], dtype=np.int32)
     flat = np.array([slot for slots in ancestors for slot in slots] or [0], dtype=np.int32)
     tables, committed = _int32(block_tables_TC), _int32(num_committed_T)
     function("tree_attention")(
-        *map(_address, (query_Td, block_keys, block_values, node_keys, node_values, tables)),
+        *map(_address, (query_THd, block_keys, block_values, node_keys, node_values, tables)),
         tables.shape[1],
         _address(committed),
         ctypes.c_void_p(starts.ctypes.data),
         ctypes.c_void_p(flat.ctypes.data),
-        len(query_Td),
-        size,
-        _address(out_Td),
+        *query_THd.shape,
+        _address(out_THd),
     )
-    return out_Td
+    return out_THd
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, *, epsilon: float) -> Tensor:

@@ -30,7 +30,7 @@ def expert_mlp(
 
 
 def tree_attention(
-    query_Td: Tensor,
+    query_THd: Tensor,
     block_keys: Tensor,
     block_values: Tensor,
     node_keys: Tensor,
@@ -40,14 +40,14 @@ def tree_attention(
     num_committed_T: Tensor,
     ancestors: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Attention [T, d] of one head over committed positions in blocks and each query's ancestors; layouts as in ops."""
+    """Attention [T, H, d] of the query heads that share a key head; layouts as in ops."""
     rows = []
-    for row, (query_d, committed) in enumerate(zip(query_Td, num_committed_T.tolist(), strict=True)):
+    for row, (query_Hd, committed) in enumerate(zip(query_THd, num_committed_T.tolist(), strict=True)):
         blocks = block_tables_TC[row, : -(-committed // _BLOCK)].long()
         slots = torch.tensor(ancestors[row], dtype=torch.long)
         keys = torch.cat([block_keys[blocks].transpose(1, 2).flatten(0, 1)[:committed], node_keys[slots]])
         values = torch.cat([block_values[blocks].flatten(0, 1)[:committed], node_values[slots]])
-        rows.append((keys @ query_d * len(query_d) ** -0.5).softmax(0) @ values)
+        rows.append((query_Hd @ keys.T * query_Hd.shape[1] ** -0.5).softmax(-1) @ values)
     return torch.stack(rows)
 
 

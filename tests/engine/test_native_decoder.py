@@ -162,11 +162,8 @@ def test_bits_are_a_rows_own_in_every_family(tmp_path: Path, family: Family) -> 
     assert_bits_are_a_rows_own(lambda: native(checkpoint), random_ids(5, 60), VOCAB_SIZE)
 
 
-ANCESTORS = """for (int a = 0; a < query.num_ancestors; ++a, ++position) {
-        const float* const values"""
 ANCESTORS_REVERSED = """position += query.num_ancestors - 1;
-    for (int a = query.num_ancestors - 1; a >= 0; --a, --position) {
-        const float* const values"""
+        for (int a = query.num_ancestors - 1; a >= 0; --a, --position) {"""
 MUTANTS = {
     "the order of a product depends on the number of rows": (
         "matmul.cpp",
@@ -175,15 +172,13 @@ MUTANTS = {
             ("fma(odd[v], second,", "fma(kRows > 2 ? even[v] : odd[v], kRows > 2 ? first : second,"),
         ],
     ),
-    "ancestors are summed from the deepest up": ("attention.cpp", [(ANCESTORS, ANCESTORS_REVERSED)]),
+    "ancestors are summed from the deepest up": (
+        "attention.cpp",
+        [("for (int a = 0; a < query.num_ancestors; ++a, ++position) {", ANCESTORS_REVERSED)],
+    ),
     "an ancestor of another branch is visible": (
         "attention.cpp",
-        [
-            (
-                "node_scores<1>(cache, query.ancestors + a,",
-                "node_scores<1>(cache, query.ancestors + (a > 0 ? a - 1 : 0),",
-            )
-        ],
+        [("query.ancestors[first + a] *", "query.ancestors[first + (kCount == 1 && first ? a - 1 : a)] *")],
     ),
 }
 

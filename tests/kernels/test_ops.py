@@ -66,16 +66,19 @@ def test_experts_agree_with_torch_and_a_rows_bits_are_its_own(
         assert torch.equal(ops.expert_mlp(x[part], packed, ids[part], weights[part]), mixed[part])
 
 
+@pytest.mark.parametrize("num_heads", [1, 2, 5])
 @pytest.mark.parametrize("size", [8, 16, 24, 64, 80, 128])
-def test_attention_reads_blocks_then_ancestors(size: int) -> None:
+def test_attention_reads_blocks_then_ancestors(size: int, num_heads: int) -> None:
     keys, values, nodes = random(9, size, 16), random(9, 16, size, seed=1), random(2, 6, size, seed=2)
     committed = torch.tensor([1, 15, 16, 17, 70, 95, 96, 33, 0])
     ancestors = [[], [2], [0, 1, 2, 3, 4, 5], [5], [], [3, 1], [], [4, 0, 2, 1, 3], [2, 5]]
     tables = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(row))[:6] for row in range(9)])
     cache = (keys, values, nodes[0].contiguous(), nodes[1].contiguous())
-    query = random(9, size, seed=3)
+    query = random(9, num_heads, size, seed=3)
     places = {"block_tables_TC": tables, "num_committed_T": committed, "ancestors": ancestors}
     got = ops.tree_attention(query, *cache, **places)
+    alone = [ops.tree_attention(query[:, [head]].contiguous(), *cache, **places) for head in range(num_heads)]
+    assert torch.equal(torch.cat(alone, dim=1), got)
     torch.testing.assert_close(got, reference.tree_attention(query, *cache, **places), rtol=1e-5, atol=1e-5)
 
 
@@ -86,7 +89,7 @@ def test_attention_gives_the_same_bits_wherever_a_key_lies(size: int) -> None:
     padded = torch.nn.functional.pad(torch.stack([keys, values]), (0, 0, 0, 8), value=float("nan"))
     block_keys = padded[0].view(3, 16, size).transpose(1, 2).contiguous()
     block_values = padded[1].view(3, 16, size).contiguous()
-    query = random(1, size, seed=2)
+    query = random(1, 3, size, seed=2)
     outputs = []
     for num_nodes in (0, 1, 3, 5, 8, 9, 24, 25, 40):
         committed = 40 - num_nodes

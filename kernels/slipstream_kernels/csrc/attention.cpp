@@ -8,68 +8,125 @@ namespace {
 constexpr int kGroup = 4;  // blocks, or ancestors, whose sums run side by side to hide the latency of an addition
 constexpr int kBlockVectors = kBlock / kLanes;
 
-// Scores of kCount blocks: every lane adds its products over the head from first to last.
-//
-// Weights have driven the cache out since the last pass, and a block is too short for the processor to foresee the
-// next, so this asks for what comes: the keys of the next kCount blocks, and this block's values, line by line.
-template <int kCount>
-void block_scores(const HeadCache& cache, const int* table, int num_ahead, const float* head, int head_dim, float scale,
-                  float* out) {
-    Floats sums[kCount][kBlockVectors] = {};
-    const float *keys[kCount], *values[kCount], *ahead[kCount];
-    for (int b = 0; b < kCount; ++b) {
-        keys[b] = cache.block_keys + table[b] * cache.block_stride;
-        values[b] = cache.block_values + table[b] * cache.block_stride;
-        ahead[b] = cache.block_keys + table[std::min(b + kCount, num_ahead)] * cache.block_stride;
-    }
-    for (int i = 0; i < head_dim; ++i) {
-        const Floats value = splat(head[i]);
+// kHeads query heads of one row that run side by side: what is loaded for one serves the other.
+template <int kHeads>
+struct Heads {
+    const HeadCache& cache;
+    const Query& query;
+    const float* heads;
+    int head_dim;
+    float* scores;  // [kHeads, stride]
+    int stride;
+    float* out;
+
+    int num_positions() const { return query.num_committed + query.num_ancestors; }
+
+    // Scores of kCount blocks: every lane adds its products over the head from first to last.
+    //
+    // Weights have driven the cache out since the last pass, and a block is too short for the processor to foresee the
+    // next, so this asks for what comes: the keys of the next kCount blocks, and these blocks' values, line by line.
+    template <int kCount>
+    void score_blocks(int first, int num_blocks, float scale) const {
+        Floats sums[kHeads][kCount][kBlockVectors] = {};
+        const float *keys[kCount], *values[kCount], *ahead[kCount];
         for (int b = 0; b < kCount; ++b) {
-            __builtin_prefetch(ahead[b] + i * kBlock);
-            __builtin_prefetch(values[b] + i * kBlock);
-            for (int v = 0; v < kBlockVectors; ++v) {
-                sums[b][v] = fma(load(keys[b] + i * kBlock + v * kLanes), value, sums[b][v]);
+            keys[b] = cache.block_keys + query.table[first + b] * cache.block_stride;
+            values[b] = cache.block_values + query.table[first + b] * cache.block_stride;
+            const int next = std::min(first + b + kCount, num_blocks - 1);
+            ahead[b] = cache.block_keys + query.table[next] * cache.block_stride;
+        }
+        for (int i = 0; i < head_dim; ++i) {
+            for (int b = 0; b < kCount; ++b) {
+                __builtin_prefetch(ahead[b] + i * kBlock);
+                __builtin_prefetch(values[b] + i * kBlock);
+                for (int v = 0; v < kBlockVectors; ++v) {
+                    const Floats key = load(keys[b] + i * kBlock + v * kLanes);
+                    for (int h = 0; h < kHeads; ++h) {
+                        sums[h][b][v] = fma(key, splat(heads[h * head_dim + i]), sums[h][b][v]);
+                    }
+                }
+            }
+        }
+        for (int h = 0; h < kHeads; ++h) {
+            float* const to = scores + h * stride + first * kBlock;
+            for (int b = 0; b < kCount; ++b) {
+                for (int v = 0; v < kBlockVectors; ++v) store(to + b * kBlock + v * kLanes, sums[h][b][v] * scale);
             }
         }
     }
-    for (int b = 0; b < kCount; ++b) {
-        for (int v = 0; v < kBlockVectors; ++v) store(out + b * kBlock + v * kLanes, sums[b][v] * scale);
-    }
-}
 
-// The same sums for keys in node slots.
-template <int kCount>
-void node_scores(const HeadCache& cache, const int* slots, const float* head, int head_dim, float scale, float* out) {
-    float sums[kCount] = {};
-    const float* keys[kCount];
-    for (int a = 0; a < kCount; ++a) keys[a] = cache.node_keys + slots[a] * cache.node_stride;
-    for (int i = 0; i < head_dim; ++i) {
-        for (int a = 0; a < kCount; ++a) sums[a] = fma(keys[a][i], head[i], sums[a]);
+    // The same sums for keys in node slots.
+    template <int kCount>
+    void score_nodes(int first, float scale) const {
+        float sums[kHeads][kCount] = {};
+        const float* keys[kCount];
+        for (int a = 0; a < kCount; ++a) keys[a] = cache.node_keys + query.ancestors[first + a] * cache.node_stride;
+        for (int i = 0; i < head_dim; ++i) {
+            for (int h = 0; h < kHeads; ++h) {
+                const float value = heads[h * head_dim + i];
+                for (int a = 0; a < kCount; ++a) sums[h][a] = fma(keys[a][i], value, sums[h][a]);
+            }
+        }
+        for (int h = 0; h < kHeads; ++h) {
+            float* const to = scores + h * stride + query.num_committed + first;
+            for (int a = 0; a < kCount; ++a) to[a] = sums[h][a] * scale;
+        }
     }
-    for (int a = 0; a < kCount; ++a) out[a] = sums[a] * scale;
-}
 
-void all_scores(const HeadCache& cache, const Query& query, int head_dim, float* scores) {
-    const float scale = 1.0f / std::sqrt(float(head_dim));
-    const int num_blocks = (query.num_committed + kBlock - 1) / kBlock;
-    int b = 0;
-    for (; b + kGroup <= num_blocks; b += kGroup) {
-        const int num_ahead = num_blocks - 1 - b;
-        block_scores<kGroup>(cache, query.table + b, num_ahead, query.head, head_dim, scale, scores + b * kBlock);
+    void score_all() const {
+        const float scale = 1.0f / std::sqrt(float(head_dim));
+        const int num_blocks = (query.num_committed + kBlock - 1) / kBlock;
+        int b = 0;
+        for (; b + kGroup <= num_blocks; b += kGroup) score_blocks<kGroup>(b, num_blocks, scale);
+        for (; b < num_blocks; ++b) score_blocks<1>(b, num_blocks, scale);
+        int a = 0;
+        for (; a + kGroup <= query.num_ancestors; a += kGroup) score_nodes<kGroup>(a, scale);
+        for (; a < query.num_ancestors; ++a) score_nodes<1>(a, scale);
     }
-    for (; b < num_blocks; ++b) {
-        const int num_ahead = num_blocks - 1 - b;
-        block_scores<1>(cache, query.table + b, num_ahead, query.head, head_dim, scale, scores + b * kBlock);
+
+    // Call `add(values of a position, its index)` for every position in order.
+    template <class Add>
+    void for_values(Add add) const {
+        int position = 0;
+        for (int first = 0; first < query.num_committed; first += kBlock) {
+            const float* values = cache.block_values + query.table[first / kBlock] * cache.block_stride;
+            const int end = std::min(first + kBlock, query.num_committed);
+            for (; position < end; ++position, values += head_dim) add(values, position);
+        }
+        for (int a = 0; a < query.num_ancestors; ++a, ++position) {
+            add(cache.node_values + query.ancestors[a] * cache.node_stride, position);
+        }
     }
-    float* const beyond = scores + query.num_committed;
-    int a = 0;
-    for (; a + kGroup <= query.num_ancestors; a += kGroup) {
-        node_scores<kGroup>(cache, query.ancestors + a, query.head, head_dim, scale, beyond + a);
+
+    // kWidth vectors of every head's output, from index `first` on; scores hold exponentials by now.
+    template <int kWidth>
+    void mix_vectors(int first, const float* scales) const {
+        Floats sums[kHeads][kWidth] = {};
+        for_values([&](const float* values, int position) {
+            for (int v = 0; v < kWidth; ++v) {
+                const Floats value = load(values + first + v * kLanes);
+                for (int h = 0; h < kHeads; ++h) {
+                    sums[h][v] = fma(value, splat(scores[h * stride + position]), sums[h][v]);
+                }
+            }
+        });
+        for (int h = 0; h < kHeads; ++h) {
+            float* const to = out + h * head_dim + first;
+            for (int v = 0; v < kWidth; ++v) store(to + v * kLanes, sums[h][v] * scales[h]);
+        }
     }
-    for (; a < query.num_ancestors; ++a) {
-        node_scores<1>(cache, query.ancestors + a, query.head, head_dim, scale, beyond + a);
+
+    // One output of every head, for sizes that are no multiple of the vector.
+    void mix_one(int index, const float* scales) const {
+        float sums[kHeads] = {};
+        for_values([&](const float* values, int position) {
+            for (int h = 0; h < kHeads; ++h) sums[h] = fma(values[index], scores[h * stride + position], sums[h]);
+        });
+        for (int h = 0; h < kHeads; ++h) out[h * head_dim + index] = sums[h] * scales[h];
     }
-}
+
+    void run() const;
+};
 
 // Scores to exponentials; returns their sum. Positions beyond the query's own become exact zeros.
 float exponentials(int num_positions, float* scores) {
@@ -87,50 +144,28 @@ float exponentials(int num_positions, float* scores) {
     return sum_lanes(sums);
 }
 
-// out[i] += weight * values[i], over the vectors of a head. kVectors chains run side by side.
-template <int kVectors>
-void weighted_values(const HeadCache& cache, const Query& query, const float* weights, int head_dim, int first,
-                     float scale, float* out) {
-    Floats sums[kVectors] = {};
-    int position = 0;
-    for (; position < query.num_committed; ++position) {
-        const float* const values = cache.block_values + query.table[position / kBlock] * cache.block_stride +
-                                    position % kBlock * head_dim + first;
-        const Floats weight = splat(weights[position]);
-        for (int v = 0; v < kVectors; ++v) sums[v] = fma(load(values + v * kLanes), weight, sums[v]);
-    }
-    for (int a = 0; a < query.num_ancestors; ++a, ++position) {
-        const float* const values = cache.node_values + query.ancestors[a] * cache.node_stride + first;
-        const Floats weight = splat(weights[position]);
-        for (int v = 0; v < kVectors; ++v) sums[v] = fma(load(values + v * kLanes), weight, sums[v]);
-    }
-    for (int v = 0; v < kVectors; ++v) store(out + first + v * kLanes, sums[v] * scale);
-}
-
-// One output at a time, for heads that are no multiple of the vector.
-void weighted_value(const HeadCache& cache, const Query& query, const float* weights, int head_dim, int index,
-                    float scale, float* out) {
-    float sum = 0;
-    int position = 0;
-    for (; position < query.num_committed; ++position) {
-        const float* const values = cache.block_values + query.table[position / kBlock] * cache.block_stride;
-        sum = fma(values[position % kBlock * head_dim + index], weights[position], sum);
-    }
-    for (int a = 0; a < query.num_ancestors; ++a, ++position) {
-        sum = fma(cache.node_values[query.ancestors[a] * cache.node_stride + index], weights[position], sum);
-    }
-    out[index] = sum * scale;
+template <int kHeads>
+void Heads<kHeads>::run() const {
+    score_all();
+    float scales[kHeads];
+    for (int h = 0; h < kHeads; ++h) scales[h] = 1.0f / exponentials(num_positions(), scores + h * stride);
+    int i = 0;
+    for (; i + 4 * kLanes <= head_dim; i += 4 * kLanes) mix_vectors<4>(i, scales);
+    for (; i + kLanes <= head_dim; i += kLanes) mix_vectors<1>(i, scales);
+    for (; i < head_dim; ++i) mix_one(i, scales);
 }
 
 }  // namespace
 
 void attend(const HeadCache& cache, const Query& query, int head_dim, float* scores, float* out) {
-    all_scores(cache, query, head_dim, scores);
-    const float scale = 1.0f / exponentials(query.num_committed + query.num_ancestors, scores);
-    int i = 0;
-    for (; i + 4 * kLanes <= head_dim; i += 4 * kLanes) weighted_values<4>(cache, query, scores, head_dim, i, scale, out);
-    for (; i + kLanes <= head_dim; i += kLanes) weighted_values<1>(cache, query, scores, head_dim, i, scale, out);
-    for (; i < head_dim; ++i) weighted_value(cache, query, scores, head_dim, i, scale, out);
+    const int stride = scores_size(query.num_committed + query.num_ancestors) / 2;
+    int head = 0;
+    for (; head + 2 <= query.num_heads; head += 2) {
+        Heads<2>{cache, query, query.heads + head * head_dim, head_dim, scores, stride, out + head * head_dim}.run();
+    }
+    if (head < query.num_heads) {
+        Heads<1>{cache, query, query.heads + head * head_dim, head_dim, scores, stride, out + head * head_dim}.run();
+    }
 }
 
 }  // namespace SLIPSTREAM_ISA

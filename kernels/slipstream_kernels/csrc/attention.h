@@ -1,4 +1,4 @@
-// Attention of one query head over committed positions in blocks, then over its ancestors in a draft tree.
+// Attention of query heads over committed positions in blocks, then over the query's ancestors in a draft tree.
 //
 // There is exactly one key per position 0..n-1, so lanes and chunks follow absolute positions: scores, their
 // exponentials' sum and the weighted values come out the same whether a key was read from a block or a node slot.
@@ -18,15 +18,20 @@ struct HeadCache {
     long block_stride, node_stride;
 };
 
-// One query: its committed positions in the blocks of `table`, its ancestors' node slots in order of depth.
+// One row's query heads that share a key head [num_heads, head_dim], its committed positions in the blocks of `table`,
+// and its ancestors' node slots in order of depth.
 struct Query {
-    const float* head;
+    const float* heads;
+    int num_heads;
     const int* table;
     const int* ancestors;
     int num_committed, num_ancestors;
 };
 
-// out[head_dim]; `scores` has room for the positions rounded up to kBlock.
+// Floats that `attend` needs for scores.
+inline int scores_size(int num_positions) { return 2 * ((num_positions + kBlock - 1) / kBlock * kBlock + kBlock); }
+
+// out[num_heads, head_dim]; `scores` has room for scores_size of the query's positions.
 void attend(const HeadCache& cache, const Query& query, int head_dim, float* scores, float* out);
 
 }  // namespace SLIPSTREAM_ISA

@@ -100,19 +100,24 @@ void SLIPSTREAM_EXPORT(experts_run)(const void* experts, const float* x, int32_t
     }
 }
 
-// One head over `num_queries` queries. Keys and values lie as attention.h says, blocks and nodes each contiguous.
+// Query heads that share one key head, over `num_queries` rows. Keys and values lie as attention.h says, blocks and nodes each contiguous.
 void SLIPSTREAM_EXPORT(tree_attention)(const float* queries, const float* block_keys, const float* block_values,
                                        const float* node_keys, const float* node_values, const int32_t* tables,
                                        int32_t table_width, const int32_t* num_committed, const int32_t* ancestor_starts,
-                                       const int32_t* ancestors, int32_t num_queries, int32_t size, float* out) {
+                                       const int32_t* ancestors, int32_t num_queries, int32_t num_heads, int32_t size,
+                                       float* out) {
     const isa::HeadCache cache{block_keys, block_values, node_keys, node_values, long(isa::kBlock) * size, size};
     in_pass([&](Phases& phases) {
         phases.run(num_queries, [&](int query) {
             const int first = ancestor_starts[query], num_ancestors = ancestor_starts[query + 1] - first;
-            const isa::Query one{queries + size_t(query) * size, tables + size_t(query) * table_width, ancestors + first,
-                                 num_committed[query], num_ancestors};
-            std::vector<float> scores(isa::round_up(num_committed[query] + num_ancestors, isa::kBlock) + isa::kBlock);
-            isa::attend(cache, one, size, scores.data(), out + size_t(query) * size);
+            const isa::Query one{queries + size_t(query) * num_heads * size,
+                                 num_heads,
+                                 tables + size_t(query) * table_width,
+                                 ancestors + first,
+                                 num_committed[query],
+                                 num_ancestors};
+            std::vector<float> scores(isa::scores_size(num_committed[query] + num_ancestors));
+            isa::attend(cache, one, size, scores.data(), out + size_t(query) * num_heads * size);
         });
     });
 }

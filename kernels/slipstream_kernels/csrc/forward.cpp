@@ -126,16 +126,13 @@ struct ForwardPass {
 
     // The query heads that share a key head.
     void attend_heads(int thread, int index, int row, int kv_head) {
-        const int size = sizes.head_dim, num_shared = sizes.heads / sizes.kv_heads, head = kv_head * num_shared;
-        const int first = plan.ancestor_starts[row], num_ancestors = plan.ancestor_starts[row + 1] - first;
-        const float* const queries = scratch.qkv.get() + size_t(row) * decoder.qkv_width_ + head * size;
-        float* const out = scratch.attended.get() + size_t(row) * decoder.attended_stride_ + head * size;
-        const HeadCache cache = decoder.head_cache(index, kv_head);
-        for (int shared = 0; shared < num_shared; ++shared) {
-            const Query query{queries + shared * size, table(row), plan.ancestors + first, plan.num_committed[row],
-                              num_ancestors};
-            attend(cache, query, size, scratch.scores[thread].get(), out + shared * size);
-        }
+        const int size = sizes.head_dim, num_shared = sizes.heads / sizes.kv_heads, first = kv_head * num_shared * size;
+        const int32_t* const ancestors = plan.ancestors + plan.ancestor_starts[row];
+        const Query query{scratch.qkv.get() + size_t(row) * decoder.qkv_width_ + first, num_shared,
+                          table(row),                                                   ancestors,
+                          plan.num_committed[row], plan.ancestor_starts[row + 1] - plan.ancestor_starts[row]};
+        attend(decoder.head_cache(index, kv_head), query, size, scratch.scores[thread].get(),
+               scratch.attended.get() + size_t(row) * decoder.attended_stride_ + first);
     }
 
     // This layer's part of the routing buffers, see Scratch.
@@ -178,7 +175,7 @@ struct ForwardPass {
 
 void Decoder::forward(const SlipstreamPlan& plan, float* logits, int32_t* experts) {
     while (int(scratch_.scores.size()) < slipstream::num_threads()) {
-        scratch_.scores.emplace_back(new float[round_up(sizes_.num_positions, kBlock) + kBlock]);
+        scratch_.scores.emplace_back(new float[scores_size(sizes_.num_positions)]);
     }
     ForwardPass pass{*this, plan, logits, experts};
     slipstream::run_pass([](void* context, Phases& phases) { static_cast<ForwardPass*>(context)->walk(phases); }, &pass);
