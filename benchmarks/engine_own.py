@@ -31,6 +31,8 @@ MAX_STEP_TOKENS = 512
 BATCH_PROMPT_TOKENS = 32
 BATCH_TOKENS = 32
 _WARM_UP_TOKENS = 8
+_PLAIN_RUNS = 5
+"""So many that a collection of Python's garbage (80 ms, once in some hundred steps of a new process) is no median."""
 
 
 class KernelClock:
@@ -92,7 +94,7 @@ def measure(task: Task) -> Timing:
     clock = KernelClock()
     engine = make_engine(checkpoint, task, clock)
     run(engine, [task.prompt_ids], num_tokens=_WARM_UP_TOKENS)
-    plain = [run(engine, [task.prompt_ids], num_tokens=task.num_tokens, clock=clock) for _ in range(task.num_repeats)]
+    plain = [run(engine, [task.prompt_ids], num_tokens=task.num_tokens, clock=clock) for _ in range(_PLAIN_RUNS)]
     prefills = [run(engine, [task.text_ids], num_tokens=1).first_token_s for _ in range(task.num_repeats)]
     batches = {size: batch_tokens_per_s(engine, task, size) for size in task.batch_sizes}
     del engine
