@@ -24,6 +24,7 @@ from torch import Tensor
 import slipstream_kernels
 from slipstream_kernels import ops
 from slipstream_kernels.measure import multiply_adds_per_s, read_gbps
+from slipstream_kernels.reference import HeadCache, Places
 from slipstream_kernels.sampling import choose, row_bytes, sample_rows
 
 HIDDEN, INNER, HEADS, HEAD_SIZE, EXPERTS, CHOSEN, VOCAB = 1024, 1536, 16, 64, 8, 2, 4096
@@ -98,20 +99,12 @@ def _attention(num_committed: int) -> Line:
     tables_TC = torch.arange(num_blocks, dtype=torch.int32).repeat(num_nodes, 1)
     committed_T = torch.full((num_nodes,), num_committed, dtype=torch.int32)
     query_THd = _random(num_nodes, 1, HEAD_SIZE)
-    ancestors = [range(node + 1) for node in range(num_nodes)]
+    cache = HeadCache(keys, values, node_keys, node_values)
+    places = Places(tables_TC, committed_T, [range(node + 1) for node in range(num_nodes)])
     return Line(
         f"attention, one head, {num_committed} positions",
         num_nodes,
-        lambda: ops.tree_attention(
-            query_THd,
-            keys,
-            values,
-            node_keys,
-            node_values,
-            block_tables_TC=tables_TC,
-            num_committed_T=committed_T,
-            ancestors=ancestors,
-        ),
+        lambda: ops.tree_attention(query_THd, cache, places),
         keys.nbytes + values.nbytes,
         num_nodes * 2 * HEAD_SIZE * (num_committed + num_nodes / 2),
     )

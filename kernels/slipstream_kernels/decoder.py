@@ -6,7 +6,7 @@ import ctypes
 import enum
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,40 @@ class Sizes(NamedTuple):
     num_blocks: int
     num_node_slots: int
     max_rows: int
+
+
+class Plan(Protocol):
+    """The arrays of one pass over T packed rows, all C-contiguous int32; see `Decoder.forward` for what they mean.
+
+    Row t's ancestors are `ancestors[ancestor_starts[t] : ancestor_starts[t + 1]]`, so there are T + 1 starts.
+    """
+
+    @property
+    def ids_T(self) -> Int32: ...  # noqa: D102
+
+    @property
+    def positions_T(self) -> Int32: ...  # noqa: D102
+
+    @property
+    def sequences_T(self) -> Int32: ...  # noqa: D102
+
+    @property
+    def block_tables_BC(self) -> Int32: ...  # noqa: D102
+
+    @property
+    def num_committed_T(self) -> Int32: ...  # noqa: D102
+
+    @property
+    def node_slots_T(self) -> Int32: ...  # noqa: D102
+
+    @property
+    def ancestor_starts(self) -> Int32: ...  # noqa: D102
+
+    @property
+    def ancestors(self) -> Int32: ...  # noqa: D102
+
+    @property
+    def logit_rows_X(self) -> Int32: ...  # noqa: D102
 
 
 class Part(enum.IntEnum):
@@ -136,40 +170,29 @@ class Decoder:
         if not self._set(ctypes.c_void_p(self._handle), int(part), layer, expert, address, _TYPES[tensor.dtype]):
             raise MemoryError(f"no memory to pack {part.name} of layer {layer}, {tuple(tensor.shape)}")
 
-    def forward(
-        self,
-        *,
-        ids_T: Int32,
-        positions_T: Int32,
-        sequences_T: Int32,
-        block_tables_BC: Int32,
-        num_committed_T: Int32,
-        node_slots_T: Int32,
-        ancestor_starts: Int32,
-        ancestors: Int32,
-        logit_rows_X: Int32,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Logits fp32 [X, vocab] of the rows asked for and experts int32 [T, L, K] ([0, 0, 0] if dense).
 
         Both are views of this decoder's own memory, valid until the next pass. A row reads positions
         [0, num_committed) through its sequence's line of the block table, then its ancestors' node slots in order of
         depth, itself last; it writes its own key and value into its node slot, or, where that is -1, into the block of
-        its position. All arrays are C-contiguous int32; places must be within the sizes, which is not checked again.
+        its position. Places must be within the sizes, which is not checked again.
         """
-        num_rows, num_logit_rows = len(ids_T), len(logit_rows_X)
+        num_rows, num_logit_rows = len(plan.ids_T), len(plan.logit_rows_X)
         assert num_rows <= self.sizes.max_rows
         assert num_logit_rows <= self.sizes.max_rows
-        plan = self._plan
-        plan.num_rows, plan.num_logit_rows, plan.table_width = num_rows, num_logit_rows, block_tables_BC.shape[1]
-        plan.ids = ids_T.ctypes.data
-        plan.positions = positions_T.ctypes.data
-        plan.sequences = sequences_T.ctypes.data
-        plan.block_tables = block_tables_BC.ctypes.data
-        plan.num_committed = num_committed_T.ctypes.data
-        plan.node_slots = node_slots_T.ctypes.data
-        plan.ancestor_starts = ancestor_starts.ctypes.data
-        plan.ancestors = ancestors.ctypes.data
-        plan.logit_rows = logit_rows_X.ctypes.data
+        fields = self._plan
+        fields.num_rows, fields.num_logit_rows = num_rows, num_logit_rows
+        fields.table_width = plan.block_tables_BC.shape[1]
+        fields.ids = plan.ids_T.ctypes.data
+        fields.positions = plan.positions_T.ctypes.data
+        fields.sequences = plan.sequences_T.ctypes.data
+        fields.block_tables = plan.block_tables_BC.ctypes.data
+        fields.num_committed = plan.num_committed_T.ctypes.data
+        fields.node_slots = plan.node_slots_T.ctypes.data
+        fields.ancestor_starts = plan.ancestor_starts.ctypes.data
+        fields.ancestors = plan.ancestors.ctypes.data
+        fields.logit_rows = plan.logit_rows_X.ctypes.data
         self._forward(
             ctypes.c_void_p(self._handle),
             ctypes.c_void_p(self._plan_address),

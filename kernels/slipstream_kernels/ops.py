@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slipstream_kernels.isa import function, instruction_set
+from slipstream_kernels.reference import HeadCache, Places
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -82,29 +83,14 @@ def expert_mlp(x_TD: Tensor, experts: PackedExperts, expert_ids_TK: Tensor, weig
     return out_TD
 
 
-def tree_attention(
-    query_THd: Tensor,
-    block_keys: Tensor,
-    block_values: Tensor,
-    node_keys: Tensor,
-    node_values: Tensor,
-    *,
-    block_tables_TC: Tensor,
-    num_committed_T: Tensor,
-    ancestors: Sequence[Sequence[int]],
-) -> Tensor:
-    """Attention [T, H, d] of the query heads that share a key head.
-
-    Each row attends to committed positions in blocks, then to its ancestors in order.
-
-    `block_keys` is [blocks, d, 16] (positions last), `block_values` [blocks, 16, d], node keys and values [slots, d].
-    """
+def tree_attention(query_THd: Tensor, cache: HeadCache, places: Places) -> Tensor:
+    """Attention [T, H, d] of the query heads that share a key head: committed positions, then ancestors in order."""
     out_THd = torch.empty_like(query_THd)
-    starts = np.cumsum([0, *map(len, ancestors)], dtype=np.int32)
-    flat = np.array([slot for slots in ancestors for slot in slots] or [0], dtype=np.int32)
-    tables, committed = _int32(block_tables_TC), _int32(num_committed_T)
+    starts = np.cumsum([0, *map(len, places.ancestors)], dtype=np.int32)
+    flat = np.array([slot for slots in places.ancestors for slot in slots] or [0], dtype=np.int32)
+    tables, committed = _int32(places.block_tables_TC), _int32(places.num_committed_T)
     function("tree_attention")(
-        *map(_address, (query_THd, block_keys, block_values, node_keys, node_values, tables)),
+        *map(_address, (query_THd, *cache, tables)),
         tables.shape[1],
         _address(committed),
         ctypes.c_void_p(starts.ctypes.data),

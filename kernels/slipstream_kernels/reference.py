@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,24 +30,35 @@ def expert_mlp(
     return out_TD
 
 
-def tree_attention(
-    query_THd: Tensor,
-    block_keys: Tensor,
-    block_values: Tensor,
-    node_keys: Tensor,
-    node_values: Tensor,
-    *,
-    block_tables_TC: Tensor,
-    num_committed_T: Tensor,
-    ancestors: Sequence[Sequence[int]],
-) -> Tensor:
-    """Attention [T, H, d] of the query heads that share a key head; layouts as in ops."""
+class HeadCache(NamedTuple):
+    """One key head's keys and values, fp32.
+
+    `block_keys` is [blocks, d, 16] (positions last), `block_values` [blocks, 16, d], both of nodes [slots, d].
+    """
+
+    block_keys: Tensor
+    block_values: Tensor
+    node_keys: Tensor
+    node_values: Tensor
+
+
+class Places(NamedTuple):
+    """Where the keys of T rows lie: each row's blocks [T, C], committed positions [T], and ancestors' node slots."""
+
+    block_tables_TC: Tensor
+    num_committed_T: Tensor
+    ancestors: Sequence[Sequence[int]]
+
+
+def tree_attention(query_THd: Tensor, cache: HeadCache, places: Places) -> Tensor:
+    """Attention [T, H, d] of the query heads that share a key head: committed positions, then ancestors in order."""
     rows = []
-    for row, (query_Hd, committed) in enumerate(zip(query_THd, num_committed_T.tolist(), strict=True)):
-        blocks = block_tables_TC[row, : -(-committed // _BLOCK)].long()
-        slots = torch.tensor(ancestors[row], dtype=torch.long)
-        keys = torch.cat([block_keys[blocks].transpose(1, 2).flatten(0, 1)[:committed], node_keys[slots]])
-        values = torch.cat([block_values[blocks].flatten(0, 1)[:committed], node_values[slots]])
+    for row, (query_Hd, committed) in enumerate(zip(query_THd, places.num_committed_T.tolist(), strict=True)):
+        blocks = places.block_tables_TC[row, : -(-committed // _BLOCK)].long()
+        slots = torch.tensor(places.ancestors[row], dtype=torch.long)
+        in_blocks = cache.block_keys[blocks].transpose(1, 2).flatten(0, 1)[:committed]
+        keys = torch.cat([in_blocks, cache.node_keys[slots]])
+        values = torch.cat([cache.block_values[blocks].flatten(0, 1)[:committed], cache.node_values[slots]])
         rows.append((query_Hd @ keys.T * query_Hd.shape[1] ** -0.5).softmax(-1) @ values)
     return torch.stack(rows)
 

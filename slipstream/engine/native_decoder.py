@@ -31,17 +31,7 @@ class NativeDecoder:
 
     def forward(self, plan: StepPlan) -> StepOutput:
         """See `PagedDecoder.forward`; what it returns is overwritten by the next pass."""
-        logits_XV, expert_ids_TLK = self._decoder.forward(
-            ids_T=plan.ids_T,
-            positions_T=plan.positions_T,
-            sequences_T=plan.sequences_T,
-            block_tables_BC=plan.block_tables_BC,
-            num_committed_T=plan.num_committed_T,
-            node_slots_T=plan.node_slots_T,
-            ancestor_starts=plan.ancestor_starts,
-            ancestors=plan.ancestors,
-            logit_rows_X=plan.logit_rows_X,
-        )
+        logits_XV, expert_ids_TLK = self._decoder.forward(plan)
         return StepOutput(logits_XV, expert_ids_TLK if self.config.num_experts else None)
 
     def keep(self, moves: Sequence[Move]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slipstream_kernels import ops, reference, set_num_threads
+from slipstream_kernels.reference import HeadCache, Places
 
 ROWS = (1, 2, 3, 5, 6, 7, 9, 13, 33, 50)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -73,13 +74,13 @@ def test_attention_reads_blocks_then_ancestors(size: int, num_heads: int) -> Non
     committed = torch.tensor([1, 15, 16, 17, 70, 95, 96, 33, 0])
     ancestors = [[], [2], [0, 1, 2, 3, 4, 5], [5], [], [3, 1], [], [4, 0, 2, 1, 3], [2, 5]]
     tables = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(row))[:6] for row in range(9)])
-    cache = (keys, values, nodes[0].contiguous(), nodes[1].contiguous())
+    cache = HeadCache(keys, values, nodes[0].contiguous(), nodes[1].contiguous())
     query = random(9, num_heads, size, seed=3)
-    places = {"block_tables_TC": tables, "num_committed_T": committed, "ancestors": ancestors}
-    got = ops.tree_attention(query, *cache, **places)
-    alone = [ops.tree_attention(query[:, [head]].contiguous(), *cache, **places) for head in range(num_heads)]
+    places = Places(tables, committed, ancestors)
+    got = ops.tree_attention(query, cache, places)
+    alone = [ops.tree_attention(query[:, [head]].contiguous(), cache, places) for head in range(num_heads)]
     assert torch.equal(torch.cat(alone, dim=1), got)
-    torch.testing.assert_close(got, reference.tree_attention(query, *cache, **places), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, reference.tree_attention(query, cache, places), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [8, 20, 64])
@@ -96,17 +97,8 @@ def test_attention_gives_the_same_bits_wherever_a_key_lies(size: int) -> None:
         slots = list(range(num_nodes - 1, -1, -1))  # slots in another order than positions
         nodes = [torch.cat([tensor[committed:].flip(0), torch.zeros(1, size)]) for tensor in (keys, values)]
         tables, count = torch.tensor([[0, 1, 2]]), torch.tensor([committed])
-        outputs.append(
-            ops.tree_attention(
-                query,
-                block_keys,
-                block_values,
-                *nodes,
-                block_tables_TC=tables,
-                num_committed_T=count,
-                ancestors=[slots],
-            )
-        )
+        cache = HeadCache(block_keys, block_values, *nodes)
+        outputs.append(ops.tree_attention(query, cache, Places(tables, count, [slots])))
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert torch.isfinite(outputs[0]).all()
 
