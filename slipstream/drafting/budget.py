@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.drafting.survival import ForecastSurvivals
 from slipstream.drafting.tree import ROOT
 
 Float64 = NDArray[np.float64]
@@ -33,16 +34,16 @@ RuleName = Literal["equality", "recursive_rejection", "block"]
 class ForecastNodes(msgspec.Struct, frozen=True):
     """X nodes of all requests before any of their tokens is drawn: the shape a tree may take.
 
-    Survivals know ranks, depths, match lengths and past steps, and nothing of this step's draws. `parents_X` are node
-    numbers among the X, before their children, or ROOT; `survivals_X` float64 in [0, 1], ancestors included.
+    `survivals_X`, in [0, 1] and ancestors included, come from `SurvivalModel.forecast`: they know ranks, depths, match
+    lengths and past steps. `parents_X` are node numbers among the X, before their children, or ROOT.
     """
 
-    survivals_X: Float64
+    survivals_X: ForecastSurvivals
     parents_X: NDArray[np.int32]
 
 
 class DrawnNodes(msgspec.Struct, frozen=True):
-    """X candidates of all requests, whose survivals may know the tokens drawn; arrays as of ForecastNodes."""
+    """X candidates of all requests, whose survivals may know the tokens drawn; else as ForecastNodes."""
 
     survivals_X: Float64
     parents_X: NDArray[np.int32]

@@ -1,0 +1,120 @@
+"""What deciding costs beside a step: `python -m benchmarks.budget [--requests 64] [--nodes 32]`.
+
+Prints the median time of each part of a budgeted step over random trees: reading survivals, multiplying them along
+paths, pricing every number of nodes, choosing; then of learning from the step's outcomes, and of the look-ups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.drafting.budget import DrawnNodes, choose_nodes
+from slipstream.drafting.lookup import SuffixAutomaton, tree_of
+from slipstream.drafting.pool import OutputPool
+from slipstream.drafting.step_cost import ExpertUnion, MeasuredSteps, StepCost
+from slipstream.drafting.survival import NodeFeatures, SurvivalModel, Trials, along_paths
+from slipstream.drafting.tree import ROOT
+
+REPEATS = 500
+CONTEXT_TOKENS = 300
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+CONTEXTS = (16, 256, 1024)
+TEXT_TOKENS = 1024
+
+
+def lines(num_requests: int, nodes_each: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, what to time) of every part."""
+    rng = np.random.default_rng(1)
+    features, parents_X = _forest(rng, num_requests, nodes_each)
+    num_nodes = len(parents_X)
+    scores_X = rng.random(num_nodes)
+    model, cost = SurvivalModel(scoring=["chain"]), _cost()
+    reading = model.read("chain", features, scores_X)
+    survivals_X = along_paths(np.minimum(reading + 0.4 * scores_X, 1.0), parents_X)
+    nodes = DrawnNodes(survivals_X, parents_X)
+
+    def price() -> NDArray[np.float64]:
+        return cost.over_nodes(num_rows=num_requests, max_nodes=num_nodes, context_tokens=CONTEXT_TOKENS)
+
+    def choose(step_s: NDArray[np.float64]) -> object:
+        return choose_nodes(nodes, step_s, num_requests=num_requests, draft_s=0.0, rule="equality")
+
+    priced = price()
+    outcome = Trials(parents_X == ROOT, scores_X > 0.5)
+    yield "read survivals", lambda: model.read("chain", features, scores_X)
+    yield "multiply along paths", lambda: along_paths(scores_X, parents_X)
+    yield "price every number of nodes", price
+    yield "choose", lambda: choose(priced)
+    yield "budget: price and choose", lambda: choose(price())
+    yield "learn survivals", lambda: model.observe("chain", features, scores_X, outcome)
+    yield (
+        "learn the step's cost",
+        lambda: cost.observe(num_rows=num_requests, context_tokens=CONTEXT_TOKENS, seconds=0.01, num_experts=7.0),
+    )
+    yield from _look_ups(rng)
+
+
+def _forest(rng: np.random.Generator, num_requests: int, nodes_each: int) -> tuple[NodeFeatures, NDArray[np.int32]]:
+    parents: list[int] = []
+    depths: list[int] = []
+    for node in range(num_requests * nodes_each):
+        first = node - node % nodes_each
+        parent = int(rng.integers(max(first - 1, node - 6), node)) if node > first else ROOT
+        parents.append(parent if parent >= first else ROOT)
+        depths.append(1 if parents[-1] == ROOT else depths[parents[-1]] + 1)
+    ranks = rng.integers(0, 4, len(parents)).astype(np.int32)
+    return NodeFeatures(ranks, np.array(depths, dtype=np.int32), np.zeros_like(ranks)), np.array(
+        parents, dtype=np.int32
+    )
+
+
+def _cost() -> StepCost:
+    union = ExpertUnion(num_experts=8, experts_per_token=2)
+    experts = np.repeat(union.expected(np.array(ROWS, dtype=np.float64))[:, None], len(CONTEXTS), axis=1)
+    seconds = 0.004 + 1e-4 * np.array(ROWS)[:, None] + 1e-8 * np.outer(ROWS, CONTEXTS)
+    few = np.full_like(experts, 2.0)
+    return StepCost(MeasuredSteps(ROWS, CONTEXTS, seconds + 1e-4 * experts, seconds, experts, few), experts=union)
+
+
+def _look_ups(rng: np.random.Generator) -> Iterator[tuple[str, Callable[[], object]]]:
+    # Words of a few tokens that come again, as in text.
+    words = [rng.integers(0, 4096, int(rng.integers(1, 5))).tolist() for _ in range(200)]
+    text = [token for word in rng.zipf(1.3, TEXT_TOKENS) % len(words) for token in words[word]][:TEXT_TOKENS]
+    automaton, pool = SuffixAutomaton(), OutputPool(max_tokens=1 << 16)
+    automaton.extend(text)
+    pool.add("tenant", text)
+    found = automaton.continuations(max_tokens=8, max_continuations=4)
+    yield f"look-up: take in {TEXT_TOKENS} tokens", lambda: SuffixAutomaton().extend(text)
+    yield "look-up: continuations of one request", lambda: automaton.continuations(max_tokens=8, max_continuations=4)
+    yield "look-up: one tree of them", lambda: tree_of(found, max_nodes=32)
+    yield "pool: continuations of one request", lambda: pool.look_up("tenant", text, max_tokens=8, max_continuations=4)
+
+
+def _median_us(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def main() -> None:
+    """Time every part and print a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--nodes", type=int, default=32, help="nodes per request")
+    asked = parser.parse_args()
+    print(f"{asked.requests} requests x {asked.nodes} nodes, median of {REPEATS}")
+    for name, run in lines(asked.requests, asked.nodes):
+        print(f"{name:<40} {_median_us(run):9.1f} us")
+
+
+if __name__ == "__main__":
+    main()
