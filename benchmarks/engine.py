@@ -1,8 +1,10 @@
 """The engine beside its peers and its floors, over sizes of one function: `python -m benchmarks.engine [--quick]`.
 
-Every system runs in a process of its own with two threads, on the same bf16 weights and token ids; runs alternate, and
-figures are medians over the rounds. Peers are installed by `pip install -e '.[peers]'`; without them their columns stay
-empty and their goals count as not met. Widened checkpoints are kept under `results/models`.
+Every system runs in a process of its own with two threads, on the same bf16 weights and token ids. For plain decoding
+all stay loaded and take turns within seconds, because the memory of a rented machine is now half, now twice as fast;
+ratios are taken within a turn. Prefill, passes and batches alternate by process. Figures are medians. Peers are
+installed by `pip install -e '.[peers]'`; without them their columns stay empty and their goals count as not met.
+Widened checkpoints are kept under `results/models`.
 
 A pass over n tokens cannot be faster than reading its bytes or computing its products: its floor, as a multiple of a
 pass over one token, is the larger of bytes(n)/bytes(1) and the time of its multiply-adds at the measured rate over the
@@ -28,14 +30,15 @@ from benchmarks.engine_figures import (
     LLAMA,
     OURS,
     Bounds,
-    Machine,
     Measured,
+    Turn,
     draw,
     goals_of,
+    plain_ms,
     tables_of,
 )
 from benchmarks.engine_sizes import MOE_SIZES, SIZES, Prepared, Size, prepare, source_directory
-from benchmarks.peers.protocol import INSTALL, Task, Timing, is_installed, run_system
+from benchmarks.peers.protocol import INSTALL, Resident, Task, Timing, is_installed, run_system
 from benchmarks.report import RESULTS, finish, progress
 from slipstream_kernels.measure import multiply_adds_per_s, read_gbps
 
@@ -76,6 +79,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     sizes: tuple[Size, ...]
     systems: dict[str, str]
     num_rounds: int
+    num_turns: int
     num_tries: int
     num_repeats: int
     bounds: Bounds
@@ -94,7 +98,8 @@ def plan_of(*, is_quick: bool) -> Plan:
     return Plan(
         sizes=MOE_SIZES if is_quick else SIZES,
         systems=systems,
-        num_rounds=3 if is_quick else 5,
+        num_rounds=2 if is_quick else 5,
+        num_turns=5 if is_quick else 15,
         num_tries=1 if is_quick else 5,
         num_repeats=2 if is_quick else 3,
         bounds=QUICK if is_quick else FULL,
@@ -112,21 +117,33 @@ def measure(size: Size, plan: Plan, cache: Path) -> Measured | None:
     experts = prepared.config.experts_per_token
     working_set = int(bytes_read(prepared.config, num_tokens=1, experts_touched=experts, context=context))
     timings: dict[str, list[Timing]] = {system: [] for system in plan.systems}
-    speeds: list[tuple[float, float]] = []
+    rates: list[float] = []
     for number in range(plan.num_rounds):
         for system, module in plan.systems.items():
-            speeds.append(
-                (
-                    read_gbps(working_set, num_threads=NUM_THREADS),
-                    multiply_adds_per_s(num_threads=NUM_THREADS),
-                )
-            )
+            rates.append(multiply_adds_per_s(num_threads=NUM_THREADS))
             timings[system].append(_undisturbed(module, task_for(system, prepared, plan), num_tries=plan.num_tries))
-        times = ", ".join(f"{system} {runs[-1].ms_per_token:.3f}" for system, runs in timings.items())
-        progress(f"{size.name}, round {number + 1} of {plan.num_rounds}, ms a token: {times}")
-    reads, rates = zip(*speeds, strict=True)
-    machine = Machine(read_gbps=statistics.median(reads), multiply_adds_per_s=statistics.median(rates))
-    return Measured(prepared=prepared, machine=machine, timings=timings, context=context)
+        progress(f"{size.name}, round {number + 1} of {plan.num_rounds}")
+    return Measured(
+        prepared=prepared,
+        multiply_adds_per_s=statistics.median(rates),
+        timings=timings,
+        turns=take_turns(prepared, plan, working_set),
+        context=context,
+    )
+
+
+def take_turns(prepared: Prepared, plan: Plan, working_set: int) -> list[Turn]:
+    """Plain decoding of all systems, each loaded in a process of its own, one after the other within seconds."""
+    residents = {system: Resident(module, task_for(system, prepared, plan)) for system, module in plan.systems.items()}
+    turns = []
+    for number in range(plan.num_turns):
+        gbps = read_gbps(working_set, num_threads=NUM_THREADS)
+        turns.append(Turn(read_gbps=gbps, ms={system: one.turn() for system, one in residents.items()}))
+        times = ", ".join(f"{system} {ms:.3f}" for system, ms in turns[-1].ms.items())
+        progress(f"{prepared.size.name}, turn {number + 1} of {plan.num_turns}, {gbps:.0f} GB/s, ms a token: {times}")
+    for resident in residents.values():
+        resident.close()
+    return turns
 
 
 def _undisturbed(module: str, task: Task, *, num_tries: int) -> Timing:
@@ -162,9 +179,9 @@ def task_for(system: str, prepared: Prepared, plan: Plan) -> Task:
 def figures_of(results: Sequence[Measured]) -> dict[str, float]:
     """Plain decoding of every system at every size: the figures beside the goals'."""
     return {
-        f"ms a token, {each.prepared.size.name}, {system}": statistics.median(run.ms_per_token for run in runs)
+        f"ms a token, {each.prepared.size.name}, {system}": statistics.median(plain_ms(each, system))
         for each in results
-        for system, runs in each.timings.items()
+        for system in each.timings
     }
 
 

@@ -40,19 +40,23 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     batch_gain: float
 
 
-class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """What the machine can do, measured between the runs of a size on a buffer of its active bytes; medians."""
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """Plain decoding of every system within seconds, and the bandwidth right before: `ms` a token, by system."""
 
     read_gbps: float
-    multiply_adds_per_s: float
+    ms: dict[str, float]
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """All runs of one size: `timings` has a list per system, with an entry a round; `context` is their positions."""
+    """All runs of one size: `timings` has a list per system, with an entry a round; `context` is their positions.
+
+    `turns` are the plain runs of processes that stay loaded and take turns; `multiply_adds_per_s` is the machine's.
+    """
 
     prepared: Prepared
-    machine: Machine
+    multiply_adds_per_s: float
     timings: dict[str, list[Timing]]
+    turns: list[Turn]
     context: int
 
 
@@ -71,14 +75,19 @@ def active_bytes(measured: Measured) -> float:
     return bytes_read(config, num_tokens=1, experts_touched=config.experts_per_token, context=measured.context)
 
 
+def plain_ms(measured: Measured, system: str) -> list[float]:
+    """Milliseconds a token of plain decoding, a turn each; none if the system was not measured."""
+    return [turn.ms[system] for turn in measured.turns if system in turn.ms]
+
+
 def bandwidth_share(measured: Measured) -> float:
-    """Bytes a second of our plain decoding over the measured bandwidth."""
-    return floor_ms(measured) / median_of(measured, OURS, _ms)
+    """Bytes a second of our plain decoding over the bandwidth measured right before it; the median over turns."""
+    return statistics.median(active_bytes(measured) / turn.read_gbps / 1e6 / turn.ms[OURS] for turn in measured.turns)
 
 
 def floor_ms(measured: Measured) -> float:
-    """Milliseconds in which the machine reads the bytes of a plain step."""
-    return active_bytes(measured) / measured.machine.read_gbps / 1e6
+    """Milliseconds in which the machine reads the bytes of a plain step; the median over turns."""
+    return statistics.median(active_bytes(measured) / turn.read_gbps / 1e6 for turn in measured.turns)
 
 
 def pass_ratio(measured: Measured, system: str, num_tokens: int) -> float:
@@ -94,7 +103,7 @@ def bytes_ratio(measured: Measured, num_tokens: int) -> float:
 def compute_ratio(measured: Measured, num_tokens: int) -> float:
     """The time of n tokens' multiply-adds at the measured rate over our measured T(1)."""
     number = multiply_adds(measured.prepared.config, num_tokens=num_tokens, context=measured.context)
-    return number / measured.machine.multiply_adds_per_s * 1e3 / median_of(measured, OURS, _pass(1))
+    return number / measured.multiply_adds_per_s * 1e3 / median_of(measured, OURS, _pass(1))
 
 
 def pass_floor(measured: Measured, num_tokens: int) -> float:
@@ -126,16 +135,19 @@ def _decode_table(results: Sequence[Measured]) -> Table:
                 each.prepared.size.name,
                 f"{each.prepared.num_parameters / 1e6:.1f} M",
                 f"{active_bytes(each) / 1e6:.1f}",
-                f"{each.machine.read_gbps:.1f}",
+                f"{statistics.median(turn.read_gbps for turn in each.turns):.1f}",
                 f"{floor_ms(each):.3f}",
-                _spread(each, OURS, _ms),
+                _spread(each, OURS),
                 f"{bandwidth_share(each):.0%}",
                 f"{_other_share(each):.1%}",
-                *(f"{_spread(each, peer, _ms)}{_agreement(each, peer)}" for peer in PEERS),
+                *(f"{_spread(each, peer)}{_agreement(each, peer)}" for peer in PEERS),
                 _number(_speed_over_llama(each)),
             )
         )
-    caption = f"Plain greedy decoding, ms a token, medians (least to most of the rounds); {WIDENED}."
+    caption = (
+        f"Plain greedy decoding, ms a token, medians (least to most of the turns); shares and ratios are medians of "
+        f"the ratios within a turn; {WIDENED}."
+    )
     return Table(columns=columns, rows=tuple(rows), caption=caption)
 
 
@@ -246,10 +258,6 @@ def draw(results: Sequence[Measured], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _ms(timing: Timing) -> float:
-    return timing.ms_per_token
-
-
 def _prefill(timing: Timing) -> float:
     return timing.prefill_tokens_per_s
 
@@ -292,7 +300,8 @@ def _other_share(measured: Measured) -> float:
 
 
 def _speed_over_llama(measured: Measured) -> float:
-    return median_of(measured, LLAMA, _ms) / median_of(measured, OURS, _ms)
+    ratios = [turn.ms[LLAMA] / turn.ms[OURS] for turn in measured.turns if LLAMA in turn.ms]
+    return statistics.median(ratios) if ratios else float("nan")
 
 
 def _agreement(measured: Measured, peer: str) -> str:
@@ -305,8 +314,8 @@ def _agreement(measured: Measured, peer: str) -> str:
     return f", {first} of {len(pairs)} tokens ours"
 
 
-def _spread(measured: Measured, system: str, figure: Figure) -> str:
-    values = _values(measured, system, figure)
+def _spread(measured: Measured, system: str) -> str:
+    values = plain_ms(measured, system)
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
 
 

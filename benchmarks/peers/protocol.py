@@ -1,4 +1,4 @@
-"""What a measured system is asked (`Task`) and answers (`Timing`), and the process that it runs in."""
+"""What a measured system is asked (`Task`) and answers (`Timing`), and the processes that it runs in."""
 
 from __future__ import annotations
 
@@ -44,14 +44,13 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """The answer: what was generated and how long it took.
 
-    `ms_per_token` is the median time from one token to the next. `pass_ms` maps a number of verified tokens to
-    the median milliseconds of a pass, `experts_touched` to the mean number of distinct experts that it read in a layer.
-    `kernel_share` is the part of the steps' time inside kernels, `batch_tokens_per_s` maps a batch size to the tokens a
-    second of all its requests. Fields that a system was not asked for, or cannot tell, stay empty.
+    `pass_ms` maps a number of verified tokens to the median milliseconds of a pass, `experts_touched` to the mean
+    number of distinct experts that it read in a layer. `kernel_share` is the part of the steps' time inside kernels,
+    `batch_tokens_per_s` maps a batch size to the tokens a second of all its requests. Fields that a system was not
+    asked for, or cannot tell, stay empty.
     """
 
     token_ids: tuple[int, ...]
-    ms_per_token: float
     prefill_tokens_per_s: float
     pass_ms: dict[int, float] = {}
     experts_touched: dict[int, float] = {}
@@ -83,11 +82,60 @@ def run_system(module: str, task: Task) -> Timing:
         return msgspec.json.decode(answered.read_bytes(), type=Timing)
 
 
-def answer(measure: Callable[[Task], Timing]) -> None:
-    """The main function of a measured system: read the task that the command line names, measure, write the timing."""
-    asked, answered = (Path(argument) for argument in sys.argv[1:3])
-    timing = measure(msgspec.json.decode(asked.read_bytes(), type=Task))
-    answered.write_bytes(msgspec.json.encode(timing))
+class Resident:
+    """A system that has loaded its model and waits: plain decoding on request, as often as wanted.
+
+    Systems that take turns by the second meet the same machine; its memory may be twice as fast a minute later.
+    """
+
+    def __init__(self, module: str, task: Task) -> None:
+        """Start it and wait until it is loaded; raises RuntimeError if it fails."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(task.num_threads), "TOKENIZERS_PARALLELISM": "false"}
+        self._folder = tempfile.TemporaryDirectory()
+        asked = Path(self._folder.name) / "task.json"
+        asked.write_bytes(msgspec.json.encode(task))
+        self._module = module
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, str(asked)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.turn()  # loads, and is no measurement
+
+    def turn(self) -> float:
+        """Milliseconds a token of one plain generation."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._module} ended with {self._process.wait()} in the middle of a turn")
+        return float(line)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+        self._folder.cleanup()
+
+
+def answer(measure: Callable[[Task], Timing], plain: Callable[[Task], Callable[[], float]]) -> None:
+    """The main function of a measured system: read the task that the command line names, and measure.
+
+    With a second file: `measure`, and write the timing there. Without: load with `plain`, and answer every line of the
+    standard input with the milliseconds a token of what it returned.
+    """
+    asked, *answered = (Path(argument) for argument in sys.argv[1:3])
+    task = msgspec.json.decode(asked.read_bytes(), type=Task)
+    if answered:
+        answered[0].write_bytes(msgspec.json.encode(measure(task)))
+        return
+    run = plain(task)
+    for _ in sys.stdin:
+        print(run(), flush=True)
 
 
 def median_ms(run: Callable[[], object], *, num_repeats: int, prepare: Callable[[], object] = lambda: None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -10,8 +11,6 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.peers.protocol import Task, Timing, answer, median_gap_ms, median_ms
-
-_WARM_UP_TOKENS = 8
 
 
 class _Stamps(BaseStreamer):  # type: ignore[misc]  # transformers' types are not read
@@ -27,25 +26,35 @@ class _Stamps(BaseStreamer):  # type: ignore[misc]  # transformers' types are no
         pass
 
 
+def load(task: Task) -> torch.nn.Module:
+    """The task's model."""
+    torch.set_num_threads(task.num_threads)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        task.model, dtype=getattr(torch, task.dtype), attn_implementation="sdpa", local_files_only=True
+    )
+    return model.eval()
+
+
+def plain_runs(task: Task) -> Callable[[], float]:
+    """Load the task's model; what is returned decodes plainly and gives the milliseconds a token."""
+    model, prompt = load(task), torch.tensor([task.prompt_ids])
+    return lambda: median_gap_ms([_generate(model, prompt, task.num_tokens)[1]])
+
+
 @torch.inference_mode()
 def measure(task: Task) -> Timing:
     """Run the task in this process; verification passes are not measured."""
-    torch.set_num_threads(task.num_threads)
-    model = AutoModelForCausalLM.from_pretrained(
-        task.model, dtype=getattr(torch, task.dtype), attn_implementation="sdpa", local_files_only=True
-    ).eval()
-    prompt, text = torch.tensor([task.prompt_ids]), torch.tensor([task.text_ids])
-    _generate(model, prompt, _WARM_UP_TOKENS)
-    runs = [_generate(model, prompt, task.num_tokens) for _ in range(task.num_repeats)]
+    model, prompt, text = load(task), torch.tensor([task.prompt_ids]), torch.tensor([task.text_ids])
+    token_ids, _ = _generate(model, prompt, task.num_tokens)
     prefill_ms = median_ms(lambda: model(text, use_cache=True, logits_to_keep=1), num_repeats=task.num_repeats)
     return Timing(
-        token_ids=tuple(runs[0][0]),
-        ms_per_token=median_gap_ms(stamps for _, stamps in runs),
+        token_ids=tuple(token_ids),
         prefill_tokens_per_s=len(task.text_ids) / prefill_ms * 1e3,
         version=f"transformers {transformers.__version__}",
     )
 
 
+@torch.inference_mode()
 def _generate(model: torch.nn.Module, prompt: torch.Tensor, num_tokens: int) -> tuple[list[int], list[float]]:
     stamps = _Stamps()
     output = model.generate(  # type: ignore[operator]  # the auto classes give a Module that generates
@@ -63,4 +72,4 @@ def _generate(model: torch.nn.Module, prompt: torch.Tensor, num_tokens: int) -> 
 
 
 if __name__ == "__main__":
-    answer(measure)
+    answer(measure, plain_runs)

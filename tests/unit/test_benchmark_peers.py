@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from benchmarks.engine_costs import bytes_read, multiply_adds
-from benchmarks.engine_figures import LLAMA, OURS, Bounds, Machine, Measured, goals_of, pass_floor, tables_of
+from benchmarks.engine_figures import (
+    LLAMA,
+    OURS,
+    Bounds,
+    Measured,
+    Turn,
+    active_bytes,
+    bandwidth_share,
+    goals_of,
+    pass_floor,
+    tables_of,
+)
 from benchmarks.engine_passes import chain_plan
 from benchmarks.engine_sizes import Prepared, Size
 from benchmarks.peers.protocol import INSTALL, Timing
@@ -95,14 +107,13 @@ def test_bytes_and_products_of_a_pass_are_counted_by_hand() -> None:
 def measured(*, with_llama: bool) -> Measured:
     ours = Timing(
         token_ids=(1, 2),
-        ms_per_token=2.0,
         prefill_tokens_per_s=1e4,
         pass_ms={1: 2.0, 9: 4.0},
         experts_touched={1: 2.0, 9: 4.0},
         kernel_share=0.95,
         batch_tokens_per_s={1: 500.0, 2: 900.0},
     )
-    theirs = Timing(token_ids=(1, 3), ms_per_token=3.0, prefill_tokens_per_s=1e4, pass_ms={1: 3.0, 9: 15.0})
+    theirs = Timing(token_ids=(1, 3), prefill_tokens_per_s=1e4, pass_ms={1: 3.0, 9: 15.0})
     return Measured(
         prepared=Prepared(
             size=Size(source="mix-moe-11m", times=4),
@@ -112,8 +123,12 @@ def measured(*, with_llama: bool) -> Measured:
             num_parameters=1,
             text_ids=(),
         ),
-        machine=Machine(read_gbps=1e-3, multiply_adds_per_s=1e9),
+        multiply_adds_per_s=1e9,
         timings={OURS: [ours]} | ({LLAMA: [theirs]} if with_llama else {}),
+        turns=[
+            Turn(read_gbps=gbps, ms={OURS: ms} | ({LLAMA: 1.5 * ms} if with_llama else {}))
+            for gbps, ms in ((1e-3, 2.0), (2e-3, 1.0), (1e-3, 2.0))
+        ],
         context=10,
     )
 
@@ -134,13 +149,14 @@ def test_floor_of_a_pass_is_the_larger_of_bytes_and_products() -> None:
         TINY, num_tokens=1, experts_touched=2.0, context=10
     )
     assert pass_floor(each, 9) == by_bytes  # 9 tokens' products take 0.04 ms at 10^9 a second, of 2 ms
-    slow = Machine(read_gbps=1e-3, multiply_adds_per_s=1e6)
     by_products = multiply_adds(TINY, num_tokens=9, context=10) / 1e6 * 1e3 / 2.0
-    assert pass_floor(Measured(**{**fields(each), "machine": slow}), 9) == pytest.approx(by_products)
+    assert pass_floor(msgspec.structs.replace(each, multiply_adds_per_s=1e6), 9) == pytest.approx(by_products)
 
 
-def fields(each: Measured) -> dict[str, object]:
-    return {name: getattr(each, name) for name in each.__struct_fields__}
+def test_share_of_the_bandwidth_is_taken_within_a_turn() -> None:
+    each = measured(with_llama=True)
+    # Twice the bandwidth and half the time: the same share in every turn, though not of the medians.
+    assert bandwidth_share(each) == pytest.approx(active_bytes(each) / 1e-3 / 1e6 / 2.0)
 
 
 def test_goals_against_a_missing_peer_are_not_met() -> None:
