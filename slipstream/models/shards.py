@@ -27,6 +27,8 @@ def weight_files(directory: Path) -> list[Path]:
     CheckpointError where there is none, and for an index beside a single file, one that names no plain file of this
     directory, or a shard that is missing.
     """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; expected a Hugging Face checkpoint (config.json, weights)")
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if index.is_file():
         if single.is_file():
