@@ -34,7 +34,7 @@ struct Scratch {
     Buffer expert_weights;              // [L, T, K]
     std::vector<int32_t> group_starts;  // [L, E + 1]: where an expert's choices begin in group_choices
     std::vector<int32_t> group_choices; // [L, T * K]: row * K + rank
-    std::vector<int32_t> active;        // [L, E]: experts with a row, ascending
+    std::vector<int32_t> active;        // [L, E]: experts with a row, those with most first
     std::vector<int32_t> num_active;    // [L]
     std::vector<Buffer> scores;         // per thread
 };

@@ -40,7 +40,7 @@ struct Routing {
     float* weights;       // [T, K]
     int32_t* starts;      // [E + 1]: where an expert's choices begin in `choices`
     int32_t* choices;     // [T * K], by expert, then ascending
-    int32_t* active;      // [E]: experts that were chosen, ascending
+    int32_t* active;      // [E]: experts that were chosen, those with most rows first
     int32_t* num_active;  // [1]
 };
 
