@@ -6,6 +6,7 @@ reused. Verification passes go to the decoder itself (`engine_passes`).
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -120,6 +121,7 @@ def plain_runs(task: Task) -> Callable[[], float]:
 
 def make_engine(checkpoint: Checkpoint, task: Task, clock: KernelClock) -> Engine:
     """An engine as a replica builds it, without a draft, with room for the largest batch."""
+    gc.freeze()  # as a replica does
     longest = max(len(task.prompt_ids) + task.num_tokens, len(task.text_ids) + 1, BATCH_PROMPT_TOKENS + BATCH_TOKENS)
     max_running = max(task.batch_sizes)
     return Engine(

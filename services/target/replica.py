@@ -6,6 +6,7 @@ shares; so no address or password travels through Ray's control plane.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -98,6 +99,8 @@ class Replica:
             self._observer.stop(_STOP_S)
 
     def _start(self) -> None:
+        # What is loaded by now lives as long as the process. Looked through for garbage it stops a step for 85 ms.
+        gc.freeze()
         self._runner.start()
         if self._observer is not None:
             self._observer.start()
