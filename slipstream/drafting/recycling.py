@@ -6,7 +6,8 @@ the next tree grows. Nothing is trained, and a replica drafts from its second st
 
 Method: Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling"
 (ACL 2025, arXiv 2408.08696). Ours beside theirs: log-probabilities are kept, so that the tree grows where it is likely
-to be accepted, and at a temperature it grows along the request's own noise (`slipstream_kernels.recycling`).
+to be accepted, and at a temperature it grows along the request's own noise (`slipstream_kernels.recycling`). Tokens
+never seen are drafted with what was seen last behind them, as long as a tree has room: that fills their rows.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from slipstream_kernels.recycling import (
     empty_adjacency,
     grow,
     remember,
+    vocab_size_of,
 )
 from slipstream_kernels.sampling import row_bytes, sample_rows
 
@@ -71,8 +73,8 @@ class RecyclingDrafter:
         rule: GrowthRule = DEFAULT_RULE,
         max_tenants: int | None = None,
     ) -> None:
-        if start is not None and len(start.matrix.ids_VN) != vocab_size:
-            raise ValueError(f"the matrix to start from has {len(start.matrix.ids_VN)} tokens, expected {vocab_size}")
+        if start is not None and vocab_size_of(start.matrix) != vocab_size:
+            raise ValueError(f"the matrix to start from knows {vocab_size_of(start.matrix)} tokens, not {vocab_size}")
         if max_tenants is not None and max_tenants < 1:
             raise ValueError(f"max_tenants is {max_tenants}; expected at least 1, or None for one shared matrix")
         self.version = version
@@ -87,11 +89,11 @@ class RecyclingDrafter:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all matrices: 32 bytes per token of the vocabulary each, 48 if it has more than 65,536."""
+        """Memory of all matrices: 32 bytes per token of the vocabulary, 48 if there are more than 65,536."""
         return (1 + len(self._of_tenant)) * sum(array.nbytes for array in self._first)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
-        """One tree per context, in order; NO_DRAFT where nothing is known of the last token."""
+        """One tree per context, in order; NO_DRAFT as long as nothing was observed."""
         grown = self.grow(contexts)
         tokens, parents, ends = grown.token_ids_X.tolist(), grown.parents_X.tolist(), grown.ends_B.tolist()
         return [

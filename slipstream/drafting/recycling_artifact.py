@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from slipstream.errors import ArtifactRejected
-from slipstream_kernels.recycling import WIDTH, Adjacency, empty_adjacency, remember
+from slipstream_kernels.recycling import WIDTH, Adjacency, empty_adjacency, remember, vocab_size_of
 
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
 
@@ -41,7 +41,7 @@ def save_matrix(directory: Path, matrix: Adjacency) -> str:
     """Write the matrix; its digest."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file(matrix._asdict(), directory / _TENSORS)
-    config = MatrixConfig(vocab_size=len(matrix.ids_VN), width=WIDTH)
+    config = MatrixConfig(vocab_size=vocab_size_of(matrix), width=WIDTH)
     (directory / _CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config)) + b"\n")
     return matrix_digest(matrix)
 
@@ -106,17 +106,17 @@ def _read_tensors(path: Path, *, like: Adjacency) -> Adjacency:
 
 def _check_entries(matrix: Adjacency) -> None:
     """Raise ArtifactRejected unless these are entries as `remember` writes them."""
-    vocab_size = len(matrix.ids_VN)
-    written = empty_adjacency(vocab_size)
-    try:
-        remember(written, np.arange(vocab_size, dtype=np.int32), matrix.ids_VN.astype(np.int32), matrix.logprobs_VN)
-    except ValueError as error:
-        raise ArtifactRejected(f"matrix holds what is no token: {error}", reason="format") from error
+    num_rows, vocab_size = len(matrix.ids_VN), vocab_size_of(matrix)
+    if matrix.ids_VN.min() < 0 or matrix.ids_VN.max() >= vocab_size:
+        raise ArtifactRejected(f"matrix names what is no token; the vocabulary is 0..{vocab_size - 1}", reason="format")
+    rewritten = empty_adjacency(num_rows)  # the stand-in is a row like any other here
+    remember(rewritten, np.arange(num_rows, dtype=np.int32), matrix.ids_VN.astype(np.int32), matrix.logprobs_VN)
+    written = Adjacency(*(array[:num_rows] for array in rewritten))
     differs_V = (written.ids_VN != matrix.ids_VN) | (written.logprobs_VN != matrix.logprobs_VN)
     if differs_V.any():
         token = int(differs_V.any(axis=1).argmax())
         raise ArtifactRejected(
-            f"the row of token {token} is {matrix.ids_VN[token].tolist()} with log-probabilities "
+            f"row {token} is {matrix.ids_VN[token].tolist()} with log-probabilities "
             f"{matrix.logprobs_VN[token].tolist()}; expected different tokens, and numbers up to 0 or -inf",
             reason="not_finite" if np.isnan(matrix.logprobs_VN).any() else "format",
         )

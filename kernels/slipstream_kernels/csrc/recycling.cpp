@@ -1,4 +1,4 @@
-// Token Recycling: trees grown from an adjacency matrix; slipstream_kernels/recycling.py is the definition, bit for bit.
+// Token Recycling: trees grown from an adjacency matrix; recycling.py is the definition, bit for bit.
 #include <algorithm>
 #include <vector>
 
@@ -27,15 +27,15 @@ struct Limits {
     int32_t matrix, root, max_nodes, max_depth;
 };
 
-// `recycling.GrowthRule`.
+// `recycling.GrowthRule`, field by field.
 struct Rule {
-    double error_scale, depth_penalty;
+    double error_scale, depth_penalty, rank_share, unknown_penalty, rank_probs[kWidth];
 };
 
 struct Matrix {
     const void* ids;
     const uint16_t* logprobs;
-    int32_t id_bytes;
+    int32_t id_bytes, vocab_size;
 
     int32_t id(int64_t at) const {
         return id_bytes == 2 ? static_cast<const uint16_t*>(ids)[at] : static_cast<const int32_t*>(ids)[at];
@@ -95,6 +95,14 @@ struct Children {
     double scores[kWidth];
 };
 
+inline Doubles load_doubles(const double* from) {
+    Doubles value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline void store_doubles(double* to, Doubles value) { std::memcpy(to, &value, sizeof value); }
+
 // Scores of the tokens that may follow, for one request.
 class Scorer {
    public:
@@ -107,48 +115,64 @@ class Scorer {
 
     // The candidates behind `token`, at `depth` (1: the root's children), when their parent has `score`.
     void children_of(int32_t token, int32_t depth, double score, Children& out) {
-        double logprobs[kWidth];
-        const int64_t first = int64_t(token) * kWidth;
-        for (int rank = 0; rank < kWidth; ++rank) {
-            out.tokens[rank] = matrix_.id(first + rank);
-            logprobs[rank] = from_half(matrix_.logprobs[first + rank]);
+        double values[kWidth];
+        if (!read(token, out.tokens, values)) {
+            if (!read(matrix_.vocab_size, out.tokens, values)) {
+                std::fill_n(out.scores, kWidth, kEmpty);
+                return;
+            }
+            score -= rule_.unknown_penalty;
         }
-        if (temperature_ != 0.0) perturb(out.tokens, depth, logprobs);
+        key_.position = first_position_ + uint32_t(depth - 1);
+        double largest = kEmpty;
+        for (int part = 0; part < kNumParts; ++part) weigh(part * kWide, out.tokens, values);
+        for (int rank = 0; rank < kWidth; ++rank) largest = std::max(largest, values[rank]);
+        int64_t sum = 0;
+        for (int part = 0; part < kNumParts; ++part) {
+            const Doubles relative = load_doubles(values + part * kWide) - largest;
+            store_doubles(values + part * kWide, relative);
+            const Weights weights = fixed_weights(relative);
+            for (int lane = 0; lane < kWide; ++lane) sum += weights[lane];
+        }
+        const double log_sum = fixed_log(double(sum) * 0x1p-42);
         for (int rank = 0; rank < kWidth; ++rank) {
-            out.scores[rank] = score + (logprobs[rank] - rule_.depth_penalty);
+            out.scores[rank] = score + ((values[rank] - log_sum) - rule_.depth_penalty);
         }
     }
 
    private:
-    // From stored log-probabilities to those of being the largest once the noise is known.
-    void perturb(const int32_t* tokens, int32_t depth, double* logprobs) {
-        key_.position = first_position_ + uint32_t(depth - 1);
-        double largest = kEmpty;
-        for (int part = 0; part < kNumParts; ++part) {
+    // The entries of a row; whether there is one that is not empty.
+    bool read(int32_t row, int32_t* tokens, double* logprobs) const {
+        bool is_known = false;
+        for (int rank = 0; rank < kWidth; ++rank) {
+            const int64_t at = int64_t(row) * kWidth + rank;
+            tokens[rank] = matrix_.id(at);
+            logprobs[rank] = from_half(matrix_.logprobs[at]);
+            is_known |= logprobs[rank] != kEmpty;
+        }
+        return is_known;
+    }
+
+    // What the softmax is taken of, in place of the log-probabilities from rank `first` on.
+    void weigh(int first, const int32_t* tokens, double* values) const {
+        const Doubles logprobs = load_doubles(values + first);
+        Doubles value = logprobs;
+        if (rule_.rank_share != 0.0) {
+            const Doubles stored = __builtin_convertvector(fixed_weights(logprobs), Doubles) * 0x1p-42;
+            value = fixed_logs(stored * (1.0 - rule_.rank_share) +
+                               load_doubles(rule_.rank_probs + first) * rule_.rank_share);
+        }
+        if (temperature_ != 0.0) {
             Wide ids;
-            Doubles values;
-            for (int lane = 0; lane < kWide; ++lane) ids[lane] = uint64_t(tokens[part * kWide + lane]);
-            std::memcpy(&values, logprobs + part * kWide, sizeof values);
-            values = (values + noise_of(key_, ids) * temperature_) / rule_.error_scale;
-            std::memcpy(logprobs + part * kWide, &values, sizeof values);
+            for (int lane = 0; lane < kWide; ++lane) ids[lane] = uint64_t(tokens[first + lane]);
+            value = value + noise_of(key_, ids) * temperature_;
         }
-        for (int rank = 0; rank < kWidth; ++rank) largest = std::max(largest, logprobs[rank]);
-        if (largest == kEmpty) return;
-        int64_t sum = 0;
-        for (int part = 0; part < kNumParts; ++part) {
-            Doubles values;
-            std::memcpy(&values, logprobs + part * kWide, sizeof values);
-            values -= largest;
-            std::memcpy(logprobs + part * kWide, &values, sizeof values);
-            const Weights weights = fixed_weights(values);
-            for (int lane = 0; lane < kWide; ++lane) sum += weights[lane];
-        }
-        const double log_sum = fixed_log(double(sum) * 0x1p-42);
-        for (int rank = 0; rank < kWidth; ++rank) logprobs[rank] -= log_sum;
+        value = value / rule_.error_scale;
+        store_doubles(values + first, logprobs > kEmpty ? value : Doubles{} + kEmpty);
     }
 
     const Matrix& matrix_;
-    const Rule rule_;
+    const Rule& rule_;
     const double temperature_;
     const uint32_t first_position_;
     NoiseKey key_;
@@ -258,7 +282,7 @@ extern "C" {
 int32_t SLIPSTREAM_EXPORT(recycling_grow)(const void* const* ids, const uint16_t* const* logprobs,
                                           int32_t num_matrices, int32_t id_bytes, int32_t vocab_size,
                                           const void* draws, const void* limits, int32_t num_requests,
-                                          const double* rule, const int32_t* shape, int32_t template_nodes,
+                                          const void* rule, const int32_t* shape, int32_t template_nodes,
                                           int32_t* tokens, int32_t* parents, double* scores, int32_t* ends) {
     using namespace SLIPSTREAM_ISA;
     const auto* const draw = static_cast<const DrawRow*>(draws);
@@ -269,8 +293,8 @@ int32_t SLIPSTREAM_EXPORT(recycling_grow)(const void* const* ids, const uint16_t
         const Limits& bounds = limit[request];
         if (bounds.matrix < 0 || bounds.matrix >= num_matrices) return request;
         if (bounds.root < 0 || bounds.root >= vocab_size) return request;
-        const Matrix matrix{ids[bounds.matrix], logprobs[bounds.matrix], id_bytes};
-        Scorer scorer(matrix, draw[request], {rule[0], rule[1]});
+        const Matrix matrix{ids[bounds.matrix], logprobs[bounds.matrix], id_bytes, vocab_size};
+        Scorer scorer(matrix, draw[request], *static_cast<const Rule*>(rule));
         Tree tree{tokens + first, parents + first, scores + first, 0};
         if (template_nodes > 0) {
             fill_template(scorer, bounds, nodes, tree);
@@ -283,7 +307,8 @@ int32_t SLIPSTREAM_EXPORT(recycling_grow)(const void* const* ids, const uint16_t
 }
 
 // Write `num_rows` rows of `num_top` (at most 8) entries into a matrix, in order: a later one of a token replaces an
-// earlier one. Returns -1, or the first row that names no token of the vocabulary; then nothing was written.
+// earlier one; the matrix's last row becomes the last of all. Returns -1, or the first row that names no token of the
+// vocabulary; then nothing was written.
 int32_t SLIPSTREAM_EXPORT(recycling_remember)(void* ids, uint16_t* logprobs, int32_t id_bytes, int32_t vocab_size,
                                               const int32_t* tokens, const int32_t* top_ids,
                                               const uint16_t* top_logprobs, int32_t num_rows, int32_t num_top) {
@@ -293,11 +318,11 @@ int32_t SLIPSTREAM_EXPORT(recycling_remember)(void* ids, uint16_t* logprobs, int
         const int32_t* const row_ids = top_ids + int64_t(row) * num_top;
         if (!is_token(tokens[row]) || !std::all_of(row_ids, row_ids + num_top, is_token)) return row;
     }
-    for (int32_t row = 0; row < num_rows; ++row) {
+    const auto write = [=](int32_t to, int32_t row) {
         const int32_t* const row_ids = top_ids + int64_t(row) * num_top;
         const uint16_t* const row_logprobs = top_logprobs + int64_t(row) * num_top;
         for (int32_t rank = 0; rank < kWidth; ++rank) {
-            const int64_t at = int64_t(tokens[row]) * kWidth + rank;
+            const int64_t at = int64_t(to) * kWidth + rank;
             const bool is_kept = rank < num_top && is_candidate(row_ids, row_logprobs, rank);
             const int32_t id = is_kept ? row_ids[rank] : 0;
             if (id_bytes == 2) {
@@ -307,7 +332,9 @@ int32_t SLIPSTREAM_EXPORT(recycling_remember)(void* ids, uint16_t* logprobs, int
             }
             logprobs[at] = is_kept ? row_logprobs[rank] : kEmptyBits;
         }
-    }
+    };
+    for (int32_t row = 0; row < num_rows; ++row) write(tokens[row], row);
+    if (num_rows > 0) write(vocab_size, num_rows - 1);
     return -1;
 }
 
