@@ -39,8 +39,9 @@ WIDTH = 8
 """Entries of a row."""
 
 # The numbers below were chosen on three small targets (two of stories, a mixture of experts of mixed text), at
-# temperatures 0 and 1 with trees of 16 and 80 nodes. They change what is proposed, never what is accepted, and are to
-# be learned from verifications.
+# temperatures 0 and 1 with trees of 16 and 80 nodes. Tokens per call at temperature 0, mean of the three: 2.37 at 16
+# nodes and 3.01 at 80, against 2.32 and 2.91 with scores of log q - 0.15 alone, and 2.92 with the paper's 80 nodes;
+# 0.05 is noise. They change what is proposed, never what is accepted, and are to be learned from verifications.
 
 ERROR_SCALE = 1.0
 """How far a row is off the target's word of today, as the scale of Gumbel errors of its log-probabilities."""
