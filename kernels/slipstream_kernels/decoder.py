@@ -18,7 +18,9 @@ from slipstream_kernels.isa import function, instruction_set
 Int32 = NDArray[np.int32]
 QkNorm = Literal["none", "per_head", "whole"]
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""The types that weights are packed in, by the number that names them in C (`abi.h`)."""
+
 _QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "whole": 2}
 
 
@@ -161,13 +163,13 @@ class Decoder:
         QKV stacks the rows of query, key and value, GATE_UP those of gate and up. Rotary tables are fp32
         [positions, head_dim]. Raises ValueError for another type, MemoryError if packing it fails.
         """
-        if tensor.dtype not in _TYPES:
-            raise ValueError(f"{part.name} is {tensor.dtype}, expected {' or '.join(map(str, _TYPES))}")
+        if tensor.dtype not in WEIGHT_TYPES:
+            raise ValueError(f"{part.name} is {tensor.dtype}, expected {' or '.join(map(str, WEIGHT_TYPES))}")
         tensor = tensor.detach().contiguous()
         if part in (Part.EMBEDDING, Part.COSINES, Part.SINES):
             self._kept_alive.append(tensor)  # read in place, not packed
         address = ctypes.c_void_p(tensor.data_ptr())
-        if not self._set(ctypes.c_void_p(self._handle), int(part), layer, expert, address, _TYPES[tensor.dtype]):
+        if not self._set(ctypes.c_void_p(self._handle), int(part), layer, expert, address, WEIGHT_TYPES[tensor.dtype]):
             raise MemoryError(f"no memory to pack {part.name} of layer {layer}, {tuple(tensor.shape)}")
 
     def forward(self, plan: Plan) -> tuple[Tensor, Tensor]:

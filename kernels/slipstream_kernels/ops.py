@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream_kernels.decoder import WEIGHT_TYPES
 from slipstream_kernels.isa import function, instruction_set
 from slipstream_kernels.reference import HeadCache, Places
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:
@@ -32,7 +31,7 @@ class PackedMatrix:
     """A weight matrix [O, D], fp32 or bf16, laid out for products with few rows; D is even for bf16."""
 
     def __init__(self, weight_OD: Tensor) -> None:
-        if weight_OD.dtype not in _TYPES:
+        if weight_OD.dtype not in WEIGHT_TYPES:
             raise ValueError(f"weight is {weight_OD.dtype}, expected fp32 or bf16")
         if weight_OD.dtype == torch.bfloat16 and weight_OD.shape[1] % 2:
             raise ValueError(f"weight has {weight_OD.shape[1]} columns, expected an even number for bf16")
@@ -41,7 +40,7 @@ class PackedMatrix:
         new = function("matrix_new", self.instruction_set)
         new.restype = ctypes.c_void_p
         weight_OD = weight_OD.contiguous()
-        self.handle = ctypes.c_void_p(new(_address(weight_OD), _TYPES[weight_OD.dtype], *self.shape))
+        self.handle = ctypes.c_void_p(new(_address(weight_OD), WEIGHT_TYPES[weight_OD.dtype], *self.shape))
         weakref.finalize(self, function("matrix_free", self.instruction_set), self.handle)
 
 
@@ -70,7 +69,7 @@ class PackedExperts:
         set_expert = function("experts_set", self.instruction_set)
         for expert, (both, last) in enumerate(zip(gate_up, down, strict=True)):
             both, last = both.contiguous(), last.contiguous()
-            set_expert(self.handle, expert, _address(both), _address(last), _TYPES[both.dtype])
+            set_expert(self.handle, expert, _address(both), _address(last), WEIGHT_TYPES[both.dtype])
 
 
 def expert_mlp(x_TD: Tensor, experts: PackedExperts, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

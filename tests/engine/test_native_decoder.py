@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +27,7 @@ REFERENCE = Path(__file__).parents[2] / "deploy" / "models" / "mix-moe-11m"
 NUM_BLOCKS = 64
 
 
-@pytest.fixture(autouse=True)
-def _kernels() -> Iterator[None]:
-    if not slipstream_kernels.is_available():
-        if os.environ.get("CI") == "true":
-            pytest.fail(slipstream_kernels.why_unavailable())
-        pytest.skip(slipstream_kernels.why_unavailable())
-    yield
-    slipstream_kernels.set_num_threads(1)
-    slipstream_kernels.use_instruction_set(None)
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 def native(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> NativeDecoder:

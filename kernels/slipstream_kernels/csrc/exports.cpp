@@ -56,14 +56,9 @@ void SLIPSTREAM_EXPORT(matrix_free)(void* matrix) { delete static_cast<isa::Pack
 // out[rows, outputs] = x[rows, inner] * matrix^T.
 void SLIPSTREAM_EXPORT(matrix_product)(const void* matrix, const float* x, int32_t num_rows, float* out) {
     const auto& weights = *static_cast<const isa::Packed*>(matrix);
+    const auto input = [&](int row) { return x + size_t(row) * weights.inner(); };
     in_pass([&](Phases& phases) {
-        const int outputs = weights.num_outputs();
-        phases.run(weights.num_panels(), [&](int panel) {
-            const int first = panel * isa::kPanel, width = std::min(isa::kPanel, outputs - first);
-            isa::panel_product(
-                weights, panel, num_rows, [&](int row) { return x + size_t(row) * weights.inner(); },
-                [&](int row, const float* tile) { std::copy_n(tile, width, out + size_t(row) * outputs + first); });
-        });
+        isa::matrix_product(phases, weights, num_rows, input, out, weights.num_outputs());
     });
 }
 

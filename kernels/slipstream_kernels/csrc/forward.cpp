@@ -33,14 +33,15 @@ struct ForwardPass {
         const Layer& layer = *decoder.layers_[index];
         const Routing routes = routing(index);
         const bool is_last = index + 1 == sizes.layers;
-        product(phases, layer.qkv, scratch.normed.get(), decoder.hidden_stride_, scratch.qkv.get(), decoder.qkv_width_);
+        matrix_product(phases, layer.qkv, num_rows, [&](int row) { return normed(row); }, scratch.qkv.get(),
+                       decoder.qkv_width_);
         phases.run(num_rows, [&](int row) { rotate_and_write(layer, index, row); });
         // Rows of one sequence read the same keys: head by head, they find them in the cache of the processor.
         phases.run(sizes.kv_heads * num_rows, [&](int task) {
             attend_heads(phases.thread(), index, task % num_rows, task / num_rows);
         });
-        product(phases, layer.attention_out, scratch.attended.get(), decoder.attended_stride_, scratch.delta.get(),
-                decoder.delta_width_);
+        matrix_product(phases, layer.attention_out, num_rows, [&](int row) { return attended(row); },
+                       scratch.delta.get(), decoder.delta_width_);
         phases.run(
             num_rows,
             [&](int row) {
@@ -58,6 +59,7 @@ struct ForwardPass {
     }
 
     float* x(int row) { return scratch.x.get() + size_t(row) * sizes.hidden; }
+    float* attended(int row) { return scratch.attended.get() + size_t(row) * decoder.attended_stride_; }
     float* normed(int row) { return scratch.normed.get() + size_t(row) * decoder.hidden_stride_; }
 
     void embed(int row) {
@@ -72,17 +74,6 @@ struct ForwardPass {
 
     void norm_into(int row, const std::vector<float>& weight) {
         rms_norm(x(row), weight.data(), sizes.hidden, sizes.norm_eps, normed(row));
-    }
-
-    // out[row] = matrix * in[row] for all rows; a task is a panel of outputs.
-    void product(Phases& phases, const Packed& matrix, const float* in, int in_stride, float* out, int out_stride) {
-        phases.run(matrix.num_panels(), [&](int panel) {
-            const int width = std::min(kPanel, out_stride - panel * kPanel);
-            const auto input = [&](int row) { return in + size_t(row) * in_stride; };
-            panel_product(matrix, panel, num_rows, input, [&](int row, const float* outputs) {
-                std::copy(outputs, outputs + width, out + size_t(row) * out_stride + panel * kPanel);
-            });
-        });
     }
 
     void rotate_and_write(const Layer& layer, int index, int row) {
@@ -132,7 +123,7 @@ struct ForwardPass {
                           table(row),                                                   ancestors,
                           plan.num_committed[row], plan.ancestor_starts[row + 1] - plan.ancestor_starts[row]};
         attend(decoder.head_cache(index, kv_head), query, size, scratch.scores[thread].get(),
-               scratch.attended.get() + size_t(row) * decoder.attended_stride_ + first);
+               attended(row) + first);
     }
 
     // This layer's part of the routing buffers, see Scratch.
@@ -164,12 +155,7 @@ struct ForwardPass {
 
     void head(Phases& phases) {
         const auto input = [&](int row) { return normed(plan.logit_rows[row]); };
-        phases.run(decoder.head_.num_panels(), [&](int panel) {
-            const int first = panel * kPanel, width = std::min(kPanel, sizes.vocab - first);
-            panel_product(decoder.head_, panel, plan.num_logit_rows, input, [&](int row, const float* outputs) {
-                std::copy(outputs, outputs + width, logits + size_t(row) * sizes.vocab + first);
-            });
-        });
+        matrix_product(phases, decoder.head_, plan.num_logit_rows, input, logits, sizes.vocab);
     }
 };
 

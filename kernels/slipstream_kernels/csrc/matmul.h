@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "pool.h"
 #include "simd.h"
 
 namespace SLIPSTREAM_ISA {
@@ -60,6 +61,19 @@ void panel_product(const Packed& matrix, int panel, int num_rows, Input input, T
         matrix.product(panel, inputs, size, outputs);
         for (int row = 0; row < size; ++row) take(first + row, outputs + row * kPanel);
     }
+}
+
+// out[row] = matrix * input(row), rows of `out` out_stride floats apart; a task is a panel of outputs. What a panel holds
+// beyond out_stride is left out.
+template <class Input>
+void matrix_product(slipstream::Phases& phases, const Packed& matrix, int num_rows, Input input, float* out,
+                    int out_stride) {
+    phases.run(matrix.num_panels(), [&](int panel) {
+        const int first = panel * kPanel, width = std::min(kPanel, out_stride - first);
+        panel_product(matrix, panel, num_rows, input, [&](int row, const float* outputs) {
+            std::copy(outputs, outputs + width, out + size_t(row) * out_stride + first);
+        });
+    });
 }
 
 inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
