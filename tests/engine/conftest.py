@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-import slipstream_kernels
 from deploy.local.queries import builtin_streams
 from slipstream.drafting.drafter import Drafter
 from slipstream.engine.decoders import open_decoder
@@ -32,16 +30,6 @@ END_OF_TEXT = 0
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def exact_kernels() -> None:
-    """Bitwise equality is promised by our own kernels alone: skip where they cannot be built, but never in CI."""
-    if not slipstream_kernels.is_available():
-        reason = f"needs the compiled kernels: {slipstream_kernels.why_unavailable()}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
