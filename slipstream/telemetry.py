@@ -44,6 +44,7 @@ class ReplicaMetrics:
         self.drafts = counter("drafts", "Verification passes that had a draft", "domain")
         self.proposed_tokens = counter("draft_tokens", "Draft tokens proposed", "domain")
         self.accepted_tokens = counter("accepted_tokens", "Draft tokens accepted", "domain")
+        self.unsound_drafts = counter("unsound_drafts", "Drafts cut where their probabilities were no distribution")
         self.accepted_per_position = counter(
             "accepted_tokens_per_position", "Draft tokens accepted at each position of the draft", "position"
         )

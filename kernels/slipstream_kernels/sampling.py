@@ -163,7 +163,7 @@ def choose_on_device(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, ha
     """
     logits_XV = _without_nan(logits_XV)
     is_greedy_X = rows.temperature == 0
-    scaled_XV = _relative(logits_XV) / torch.where(is_greedy_X, 1.0, rows.temperature).unsqueeze(1)
+    scaled_XV = _scaled(logits_XV, rows)
     noise_XV = gumbel_noise(
         seeds_X=rows.seed,
         sample_indices_X=rows.sample_index,
@@ -171,7 +171,35 @@ def choose_on_device(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, ha
         positions_X=rows.position,
         vocab_size=logits_XV.shape[1],
     )
-    scores_XV = scaled_XV + noise_XV
+    is_kept_XV = _is_kept(logits_XV, scaled_XV, rows, has_top_k=has_top_k, has_shares=has_shares)
+    chosen_X = torch.where(is_kept_XV, scaled_XV + noise_XV, -torch.inf).argmax(dim=-1)
+    return torch.where(is_greedy_X, logits_XV.argmax(dim=-1), chosen_X).int()
+
+
+def probabilities(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
+    """What `choose` draws each row's token from: float64 [X, V] on the logits' device; the noise's key is not read.
+
+    At temperature 0 all of it is on the token that is chosen.
+    """
+    logits_XV = _without_nan(logits_XV)
+    rows = device_rows(rows_X, logits_XV.device)
+    scaled_XV = _scaled(logits_XV, rows)
+    has_shares = bool(((rows_X["top_p"] < 1) | (rows_X["min_p"] > 0)).any())
+    is_kept_XV = _is_kept(logits_XV, scaled_XV, rows, has_top_k=bool(rows_X["top_k"].any()), has_shares=has_shares)
+    probs_XV = torch.where(is_kept_XV, scaled_XV, -torch.inf).softmax(dim=-1)
+    if rows_X["temperature"].all():
+        return probs_XV
+    chosen_XV = torch.zeros_like(probs_XV).scatter(1, logits_XV.argmax(dim=-1, keepdim=True), 1.0)
+    return torch.where((rows.temperature == 0).unsqueeze(1), chosen_XV, probs_XV)
+
+
+def _scaled(logits_XV: Tensor, rows: DeviceRows) -> Tensor:
+    """Logits less the largest of the row, over the temperature; at temperature 0 over 1."""
+    return _relative(logits_XV) / torch.where(rows.temperature == 0, 1.0, rows.temperature).unsqueeze(1)
+
+
+def _is_kept(logits_XV: Tensor, scaled_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, has_shares: bool) -> Tensor:
+    """Whether the filters keep a token."""
     is_kept_XV = torch.ones_like(logits_XV, dtype=torch.bool)
     if has_top_k:
         is_kept_XV = _is_in_top_k(logits_XV, rows.top_k.unsqueeze(1))
@@ -179,8 +207,7 @@ def choose_on_device(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, ha
         weights_XV = torch.where(is_kept_XV, fixed_weights(scaled_XV), 0)
         is_likely_XV = weights_XV.double() >= rows.min_p.unsqueeze(1) * 2.0**WEIGHT_BITS
         is_kept_XV = is_kept_XV & _is_in_nucleus(weights_XV, rows.top_p.unsqueeze(1)) & is_likely_XV
-    chosen_X = torch.where(is_kept_XV, scores_XV, -torch.inf).argmax(dim=-1)
-    return torch.where(is_greedy_X, logits_XV.argmax(dim=-1), chosen_X).int()
+    return is_kept_XV
 
 
 def _without_nan(logits_XV: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ class DraftContext(msgspec.Struct, frozen=True):
     """A request that wants a draft: its slot, all its tokens so far, and how large a tree it can take.
 
     A tree has at most `max_nodes` nodes and is at most `max_depth` deep; both are at least 1. `tenant` says whose text
-    it is, for drafters that keep tenants apart.
+    it is, for drafters that keep tenants apart. `num_passes` of this request were verified before: what a drafter draws
+    for a rejection rule is keyed by it (`verification.chance`).
     """
 
     slot: int
@@ -24,6 +25,7 @@ class DraftContext(msgspec.Struct, frozen=True):
     max_nodes: int
     max_depth: int
     tenant: str = ""
+    num_passes: int = 0
 
 
 class Drafter(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from torch import Tensor
 
 ROOT = -1
 """Parent of the nodes that follow the last committed token."""
@@ -15,12 +16,17 @@ class DraftTree(msgspec.Struct, frozen=True, kw_only=True):
 
     `token_ids[x]` is the candidate at node x, `parents[x]` the node before it or ROOT; parents come before their
     children. `version` is the draft version that made it, 0 for none.
+
+    `draft_probs_PV` float64 is what a rejection rule needs: the distribution that the children of each of
+    `drafting_nodes` were drawn from, exactly; siblings then stand in the order of their draws. None: nothing is
+    promised of how candidates were found, and the tree is verified by equality. Trees that have it do not compare.
     """
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
     drafter: str
     version: int
+    draft_probs_PV: Tensor | None = None
 
 
 NO_DRAFT = DraftTree(token_ids=(), parents=(), drafter="none", version=0)
@@ -30,6 +36,27 @@ def chain_tree(token_ids: Sequence[int], *, drafter: str, version: int) -> Draft
     """The tree without branches that proposes these tokens one after another."""
     return DraftTree(
         token_ids=tuple(token_ids), parents=tuple(range(ROOT, len(token_ids) - 1)), drafter=drafter, version=version
+    )
+
+
+def drafting_nodes(tree: DraftTree) -> list[int]:
+    """The nodes that have children, ROOT first, in the order of the rows of `draft_probs_PV`."""
+    return sorted(set(tree.parents))
+
+
+def part_of(tree: DraftTree, nodes: Sequence[int]) -> DraftTree:
+    """The tree of these of its nodes, in rising order, with each one's parent among them."""
+    place_of = {ROOT: ROOT} | {node: place for place, node in enumerate(nodes)}
+    probs_PV = tree.draft_probs_PV
+    if probs_PV is not None:
+        left = {tree.parents[node] for node in nodes}
+        probs_PV = probs_PV[[row for row, node in enumerate(drafting_nodes(tree)) if node in left]]
+    return DraftTree(
+        token_ids=tuple(tree.token_ids[node] for node in nodes),
+        parents=tuple(place_of[tree.parents[node]] for node in nodes),
+        drafter=tree.drafter,
+        version=tree.version,
+        draft_probs_PV=probs_PV,
     )
 
 

@@ -37,6 +37,7 @@ from slipstream.errors import ArtifactRejected
 from slipstream.models.checkpoint import Checkpoint, check_draft
 from slipstream.records import Observation
 from slipstream.telemetry import ReplicaMetrics
+from slipstream.verification import rule_named
 from slipstream.versions import NO_VERSION
 
 NO_ROUTING_VERSION = 0
@@ -55,7 +56,8 @@ class Engine:
     """Serves one target. `submit`, `cancel` and `install_draft` may be called from any thread, `step` from one.
 
     `observe` receives the observations of every finished request that may be learned from; it must not wait.
-    `token_bytes` tells what stop strings are looked for in; without it requests that have some are refused.
+    `token_bytes` tells what stop strings are looked for in; without it requests that have some are refused. `rule` names
+    one of `verification.RULES`.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Engine:
         token_bytes: TokenBytes | None = None,
         device: str = "cpu",
         decoders: OpenDecoder = open_decoder,
+        rule: str = "equality",
     ) -> None:
         self.limits = limits
         self.metrics = metrics
@@ -92,6 +95,7 @@ class Engine:
         self._token_bytes = token_bytes
         self._device = device
         self._decoders = decoders
+        self._rule = rule_named(rule)
         self._counts = StepCounts(metrics)
         self._scheduler = Scheduler(limits, max_context_tokens=self.max_context_tokens)
         rows_of_request = 1 + limits.num_draft_tokens
@@ -179,7 +183,7 @@ class Engine:
             plan = pack(working, trees, self._scheduler.block_tables_BC)
             output = self._target.forward(plan)
             passes = passes_of(working, trees)
-            choose_and_verify(passes, output)
+            choose_and_verify(passes, output, rule=self._rule)
             self._target.keep(accepted_moves(passes))
             self._commit(working, passes)
             note_what_was_said(passes, plan, output, top_n=self._source.top_n)
@@ -240,7 +244,16 @@ class Engine:
             return [NO_DRAFT] * len(working)
         max_nodes = self.limits.num_draft_tokens
         contexts = [
-            DraftContext(one.slot, one.token_ids, one.request.sampling, max_nodes, one.max_depth) for one in wanting
+            DraftContext(
+                one.slot,
+                one.token_ids,
+                one.request.sampling,
+                max_nodes,
+                one.max_depth,
+                tenant=one.request.tenant,
+                num_passes=len(one.rounds),
+            )
+            for one in wanting
         ]
         trees = iter(self._drafter.propose(contexts))
         return [next(trees) if sequence.max_depth else NO_DRAFT for sequence in working]
@@ -264,6 +277,8 @@ class Engine:
         self._counts.add(
             request.domain, num_tokens=len(one.kept_ids), num_proposed=num_proposed, num_accepted=num_accepted
         )
+        if not one.is_sound:
+            self.metrics.unsound_drafts.inc()
         if len(sequence.rounds) == 1:
             self._counts.add_prompt(sequence.num_prompt)
         if said is not None and request.may_train:

@@ -1,4 +1,9 @@
-"""One request in one pass of the target: what was chosen at its rows of logits, and what the target said there."""
+"""One request in one pass of the target: what was chosen at its rows of logits, and what the target said there.
+
+Trees that carry the probabilities they were drawn with may be verified by a rejection rule (`slipstream.verification`).
+All others, and requests at temperature 0, are verified by equality whatever the rule: it keeps the target's
+distribution for any tree, and its noise is no rejection rule's.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,15 @@ from collections.abc import Sequence
 
 import msgspec
 import torch
+from torch import Tensor
 
-from slipstream.drafting.tree import DraftTree
+from slipstream.drafting.tree import DraftTree, part_of
 from slipstream.engine.batch import ObservedStep, RunningSequence
 from slipstream.engine.packing import moves_of
 from slipstream.engine.plan import Move, StepOutput, StepPlan
 from slipstream.engine.request import TokenLogprobs
-from slipstream.engine.sampling import RowsOfRequest, choose_tokens
-from slipstream.verification import verify
+from slipstream.engine.sampling import RowsOfRequest, choose_tokens, target_probs
+from slipstream.verification import KeyedChance, ScoredTree, VerificationRule, equality, sound_nodes, verify
 from slipstream_kernels.sampling import top_logprobs
 
 
@@ -22,7 +28,8 @@ class Pass(msgspec.Struct, kw_only=True):
 
     Row `first_row` of the step's logits is that of its last committed token, the tree's nodes follow; their node slots
     begin at `first_node_slot`. `path` are the accepted nodes and `token_ids` their tokens and the bonus; `kept_ids` is
-    what of them was committed. `said` is where to read what the target said, None where nobody asked.
+    what of them was committed. `said` is where to read what the target said, None where nobody asked. `is_sound` False:
+    part of the tree was drawn from no distribution, and was left out.
     """
 
     sequence: RunningSequence
@@ -33,6 +40,7 @@ class Pass(msgspec.Struct, kw_only=True):
     token_ids: tuple[int, ...] = ()
     kept_ids: tuple[int, ...] = ()
     said: tuple[ObservedStep, slice] | None = None
+    is_sound: bool = True
 
 
 def passes_of(sequences: Sequence[RunningSequence], trees: Sequence[DraftTree]) -> list[Pass]:
@@ -47,15 +55,55 @@ def passes_of(sequences: Sequence[RunningSequence], trees: Sequence[DraftTree]) 
     return passes
 
 
-def choose_and_verify(passes: Sequence[Pass], output: StepOutput) -> None:
-    """Set `path` and `token_ids`: the target's token at every row, and how far each tree agrees."""
-    rows = [
-        RowsOfRequest(one.sequence.request.sampling, one.sequence.token_ids, one.sequence.num_prompt, one.tree)
-        for one in passes
-    ]
-    for one, chosen in zip(passes, choose_tokens(output.logits_XV, rows), strict=True):
+def choose_and_verify(passes: Sequence[Pass], output: StepOutput, *, rule: VerificationRule = equality) -> None:
+    """Set `path` and `token_ids`: how far each tree is accepted, and the target's token behind that."""
+    drawn = [] if rule is equality else [one for one in passes if _is_drawn(one)]
+    if not drawn:
+        _verify_by_equality(passes, output.logits_XV)
+        return
+    others = [one for one in passes if not _is_drawn(one)]
+    _verify_by_equality(others, _logits_of(others, output))
+    probs_XV = target_probs(_logits_of(drawn, output), [_rows_of(one) for one in drawn])
+    for one, own_XV in zip(drawn, probs_XV.split([1 + len(one.tree.token_ids) for one in drawn]), strict=True):
+        _verify_by(rule, one, own_XV)
+
+
+def _is_drawn(one: Pass) -> bool:
+    return one.tree.draft_probs_PV is not None and one.sequence.request.sampling.temperature > 0
+
+
+def _verify_by_equality(passes: Sequence[Pass], logits_XV: Tensor) -> None:
+    for one, chosen in zip(passes, choose_tokens(logits_XV, [_rows_of(one) for one in passes]), strict=True):
         verification = verify(one.tree, chosen)
         one.path, one.token_ids = verification.path, verification.token_ids
+
+
+def _verify_by(rule: VerificationRule, one: Pass, probs_XV: Tensor) -> None:
+    """By a rejection rule, over what of the tree was drawn from distributions; its draws are keyed by the pass."""
+    sequence, sampling, tree = one.sequence, one.sequence.request.sampling, one.tree
+    nodes = sound_nodes(tree, vocab_size=probs_XV.shape[1])
+    one.is_sound = len(nodes) == len(tree.token_ids)
+    if not one.is_sound:
+        tree, probs_XV = part_of(tree, nodes), probs_XV[[0, *(node + 1 for node in nodes)]]
+    draft_probs_PV = tree.draft_probs_PV if nodes and tree.draft_probs_PV is not None else probs_XV[:0]
+    chance = KeyedChance(
+        seed=sampling.seed,
+        first_position=len(sequence.token_ids),
+        sample_index=sampling.sample_index,
+        redraw=len(sequence.rounds),
+    )
+    verification = rule(ScoredTree(tree=tree, target_probs_XV=probs_XV, draft_probs_PV=draft_probs_PV), chance)
+    one.path, one.token_ids = tuple(nodes[node] for node in verification.path), verification.token_ids
+
+
+def _rows_of(one: Pass) -> RowsOfRequest:
+    return RowsOfRequest(one.sequence.request.sampling, one.sequence.token_ids, one.sequence.num_prompt, one.tree)
+
+
+def _logits_of(passes: Sequence[Pass], output: StepOutput) -> Tensor:
+    """The rows of these passes, one after another; a copy."""
+    rows = [row for one in passes for row in range(one.first_row, one.first_row + 1 + len(one.tree.token_ids))]
+    return output.logits_XV[rows]
 
 
 def accepted_moves(passes: Sequence[Pass]) -> list[Move]:

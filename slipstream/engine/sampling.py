@@ -32,7 +32,7 @@ from torch import Tensor
 
 from slipstream.drafting.tree import DraftTree, depths
 from slipstream.engine.request import SamplingParams
-from slipstream_kernels.sampling import choose, row_bytes, sample_rows
+from slipstream_kernels.sampling import choose, probabilities, row_bytes, sample_rows
 
 
 class RowsOfRequest(msgspec.Struct, frozen=True):
@@ -76,6 +76,12 @@ def choose_tokens(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> list[
     chosen = choose(adjusted(logits_XV, requests), sample_rows(rows, positions)).tolist()
     ends = list(accumulate(1 + len(request.tree.token_ids) for request in requests))
     return [chosen[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def target_probs(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> Tensor:
+    """What `choose_tokens` draws each row's token from: float64 [X, V] after bias, penalties, temperature, filters."""
+    rows = [_row_bytes(request.sampling) * (1 + len(request.tree.token_ids)) for request in requests]
+    return probabilities(adjusted(logits_XV, requests), sample_rows(rows, [0] * len(logits_XV)))
 
 
 def _row_bytes(sampling: SamplingParams) -> bytes:

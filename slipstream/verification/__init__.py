@@ -25,11 +25,12 @@ The two rejection rules trust two promises of the drafter, and a tree that break
 
 from __future__ import annotations
 
+from slipstream.drafting.tree import drafting_nodes
 from slipstream.verification.block import block_verification
 from slipstream.verification.chance import Chance, KeyedChance, Purpose, stream
 from slipstream.verification.equality import equality, verify
 from slipstream.verification.rejection import recursive_rejection
-from slipstream.verification.rule import ScoredTree, Verification, VerificationRule, drafting_nodes
+from slipstream.verification.rule import ScoredTree, Verification, VerificationRule, sound_nodes
 
 RULES: dict[str, VerificationRule] = {
     "equality": equality,
@@ -37,6 +38,14 @@ RULES: dict[str, VerificationRule] = {
     "block": block_verification,
 }
 """The rules by name; `equality` is the default."""
+
+
+def rule_named(name: str) -> VerificationRule:
+    """The rule of this name; ValueError if there is none."""
+    if name not in RULES:
+        raise ValueError(f"verification rule is {name!r}; expected one of {', '.join(RULES)}")
+    return RULES[name]
+
 
 __all__ = [
     "RULES",
@@ -50,6 +59,8 @@ __all__ = [
     "drafting_nodes",
     "equality",
     "recursive_rejection",
+    "rule_named",
+    "sound_nodes",
     "stream",
     "verify",
 ]

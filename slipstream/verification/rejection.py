@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from slipstream.drafting.tree import ROOT
+from slipstream.drafting.tree import ROOT, drafting_nodes
 from slipstream.verification.chance import Chance, Purpose, Row
-from slipstream.verification.rule import ScoredTree, Verification, check, distribution, drafting_nodes
+from slipstream.verification.rule import ScoredTree, Verification, check, distribution
 
 
 def recursive_rejection(scored: ScoredTree[Row], chance: Chance) -> Verification:

@@ -6,7 +6,7 @@ from typing import Any, Generic, Protocol
 
 import msgspec
 
-from slipstream.drafting.tree import ROOT, DraftTree, checked
+from slipstream.drafting.tree import ROOT, DraftTree, checked, drafting_nodes
 from slipstream.verification.chance import Chance, Row
 
 _SUM_TOLERANCE = 1e-6
@@ -44,9 +44,25 @@ class VerificationRule(Protocol):
         """
 
 
-def drafting_nodes(tree: DraftTree) -> list[int]:
-    """The nodes that have children, ROOT first, in the order of the rows of `ScoredTree.draft_probs_PV`."""
-    return sorted(set(tree.parents))
+def sound_nodes(tree: DraftTree, *, vocab_size: int) -> list[int]:
+    """The nodes that a rejection rule can trust: all of them, unless some were drawn from no distribution.
+
+    Where a row of `draft_probs_PV` is none (NaN, negative, a wrong sum) the children of its node go, with what is below
+    them. The node itself stays: whether its row is sound depends on the path to it, and leaving out what was already
+    drawn would bias the tokens. Rows of another number or vocabulary than the tree's leave nothing.
+    """
+    drafting, probs_PV = drafting_nodes(tree), tree.draft_probs_PV
+    if probs_PV is None or probs_PV.shape != (len(drafting), vocab_size):
+        return []
+    is_sound_P = (probs_PV >= 0).all(dim=1) & ((probs_PV.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE)
+    if bool(is_sound_P.all()):
+        return list(range(len(tree.token_ids)))
+    sound = {node for node, is_sound in zip(drafting, is_sound_P.tolist(), strict=True) if is_sound}
+    kept: set[int] = {ROOT}
+    for node, parent in enumerate(tree.parents):
+        if parent in kept and parent in sound:
+            kept.add(node)
+    return sorted(kept - {ROOT})
 
 
 def check(scored: ScoredTree[Row]) -> None:
