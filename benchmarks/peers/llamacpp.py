@@ -53,6 +53,10 @@ class Session:
         """The most likely token after the last one decoded."""
         return int(llama_cpp.llama_sampler_sample(self._sampler, self._context, -1))
 
+    def best_tokens(self, number: int) -> list[int]:
+        """The most likely token after each of the `number` tokens of a pass with all logits."""
+        return [int(llama_cpp.llama_sampler_sample(self._sampler, self._context, row)) for row in range(number)]
+
     def forget(self, *, keep: int) -> None:
         """Drop what is cached after the first `keep` tokens."""
         if keep:
