@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.drafting.budget import DrawnNodes, choose_nodes
-from slipstream.drafting.lookup import SuffixAutomaton, tree_of
-from slipstream.drafting.pool import OutputPool
 from slipstream.drafting.step_cost import ExpertUnion, MeasuredSteps, StepCost
 from slipstream.drafting.survival import NodeFeatures, SurvivalModel, Trials, along_paths
 from slipstream.drafting.tree import ROOT
+from slipstream_kernels.lookup import OutputPool, SuffixAutomaton
 
 REPEATS = 500
 CONTEXT_TOKENS = 300
@@ -85,15 +84,19 @@ def _cost() -> StepCost:
 def _look_ups(rng: np.random.Generator) -> Iterator[tuple[str, Callable[[], object]]]:
     # Words of a few tokens that come again, as in text.
     words = [rng.integers(0, 4096, int(rng.integers(1, 5))).tolist() for _ in range(200)]
-    text = [token for word in rng.zipf(1.3, TEXT_TOKENS) % len(words) for token in words[word]][:TEXT_TOKENS]
-    automaton, pool = SuffixAutomaton(), OutputPool(max_tokens=1 << 16)
-    automaton.extend(text)
-    pool.add("tenant", text)
-    found = automaton.continuations(max_tokens=8, max_continuations=4)
-    yield f"look-up: take in {TEXT_TOKENS} tokens", lambda: SuffixAutomaton().extend(text)
+    tokens = [token for word in rng.zipf(1.3, TEXT_TOKENS) % len(words) for token in words[word]][:TEXT_TOKENS]
+    text_T = np.array(tokens, np.int32)
+    automaton, fresh, pool = SuffixAutomaton(), SuffixAutomaton(), OutputPool(max_tokens=1 << 16)
+    automaton.extend(text_T)
+    pool.add(0, text_T)
+
+    def take_in() -> None:
+        fresh.clear()
+        fresh.extend(text_T)
+
+    yield f"look-up: take in {TEXT_TOKENS} tokens", take_in
     yield "look-up: continuations of one request", lambda: automaton.continuations(max_tokens=8, max_continuations=4)
-    yield "look-up: one tree of them", lambda: tree_of(found, max_nodes=32)
-    yield "pool: continuations of one request", lambda: pool.look_up("tenant", text, max_tokens=8, max_continuations=4)
+    yield "pool: continuations of one request", lambda: pool.look_up(0, text_T, max_tokens=8, max_continuations=4)
 
 
 def _median_us(run: Callable[[], object]) -> float:

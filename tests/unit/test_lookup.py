@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.drafting.lookup import MAX_CLASSES, Continuation, LookedUpTree, SuffixAutomaton, tree_of
-from slipstream.drafting.tree import DraftTree, checked, depths
+from slipstream_kernels.lookup import MAX_CLASSES, Continuation, SuffixAutomaton
 
 TEXTS = st.integers(1, 4).flatmap(lambda size: st.lists(st.integers(0, size - 1), max_size=60))
+
+
+@pytest.fixture(autouse=True)
+def _kernels(exact_kernels: None) -> None:
+    pass
 
 
 def automaton_of(text: list[int]) -> SuffixAutomaton:
@@ -106,38 +108,3 @@ def test_pieces_make_the_same_automaton_as_the_whole(text: list[int], data: st.D
     pieces.extend(text[cut:])
     asked = {"max_tokens": 6, "max_continuations": 8}
     assert pieces.continuations(**asked) == automaton_of(text).continuations(**asked)
-
-
-def test_states_stay_below_two_a_token() -> None:
-    rng = random.Random(5)
-    for text in ([0] * 3000, [rng.randrange(2) for _ in range(3000)], [0, 1, 1] * 1000):
-        assert len(automaton_of(text)._next) <= 2 * len(text)
-
-
-def test_tree_shares_prefixes_and_ranks_siblings_in_order() -> None:
-    tree = tree_of([Continuation((1, 2, 3), 5), Continuation((1, 4), 2), Continuation((9,), 1)], max_nodes=8)
-    assert tree.token_ids_X.tolist() == [1, 2, 3, 4, 9]
-    assert tree.parents_X.tolist() == [-1, 0, 1, 0, -1]
-    assert tree.depths_X.tolist() == [1, 2, 3, 2, 1]
-    assert tree.ranks_X.tolist() == [0, 0, 0, 1, 1]
-    assert tree.match_lengths_X.tolist() == [5, 5, 5, 2, 1]
-
-
-@pytest.mark.parametrize("max_nodes", [0, 1, 4])
-def test_tree_is_cut_at_its_number_of_nodes(max_nodes: int) -> None:
-    tree = tree_of([Continuation((1, 2, 3), 5), Continuation((1, 4), 2)], max_nodes=max_nodes)
-    assert tree.token_ids_X.tolist() == [1, 2, 3, 4][:max_nodes]
-
-
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), max_size=6), st.integers(0, 12))
-def test_tree_can_be_verified(paths: list[list[int]], max_nodes: int) -> None:
-    tree = tree_of([Continuation(tuple(path), 1) for path in paths], max_nodes=max_nodes)
-    assert len(tree.token_ids_X) <= max_nodes
-    assert depths(as_draft(tree)) == tree.depths_X.tolist()
-    checked(as_draft(tree), vocab_size=3)
-
-
-def as_draft(tree: LookedUpTree) -> DraftTree:
-    return DraftTree(
-        token_ids=tuple(tree.token_ids_X.tolist()), parents=tuple(tree.parents_X.tolist()), drafter="lookup", version=0
-    )
