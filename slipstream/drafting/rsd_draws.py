@@ -4,7 +4,8 @@ Jeon et al., arXiv 2402.14160. Constant branching draws siblings by Gumbel-Top-k
 largest first, are a draw without replacement in that order. Stochastic beam search (Kool et al., arXiv 1903.06059) does
 the same over sequences, level by level: a beam passes its perturbed score on as the largest of its continuations'.
 
-Scores and log-probabilities are float64. A dead beam or a candidate that could not be drawn has the score -inf.
+Scores and log-probabilities are float64. A dead beam or a candidate that could not be drawn has the score -inf. Without
+noise (temperature 0) the same two grow the likeliest siblings, and the likeliest sequences: plain beam search.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ class Siblings(NamedTuple):
 
 
 class BeamLevel(NamedTuple):
-    """The W best continuations of each request's beams, best first.
+    """The next level of each request's tree: the W best continuations of its beams, best first, or all siblings.
 
-    `parents_BW` int64 says which beam each continues, `token_ids_BW` int64 with which token; `path_logprobs_BW` and
-    `scores_BW` float64 are what the next level needs.
+    `parents_BW` int64 says which beam or node each continues, `token_ids_BW` int64 with which token; `path_logprobs_BW`
+    and `scores_BW` float64 are what the next level needs.
     """
 
     parents_BW: Tensor
@@ -67,18 +68,40 @@ def first_beams(num_requests: int, device: torch.device | str = "cpu") -> tuple[
     return root_B1, root_B1.clone()
 
 
+def next_siblings(path_logprobs_BW: Tensor, *, logprobs_BWV: Tensor, noise_BWV: Tensor, num_draws: int) -> BeamLevel:
+    """One level of constant branching: `num_draws` different tokens behind each node, in the order of their draws.
+
+    `logprobs_BWV` is what the draft gives behind each node, -inf throughout behind a dead one.
+    """
+    drawn = gumbel_top_k(logprobs_BWV, noise_BWV, num_draws=num_draws)
+    num_requests, num_nodes, num_siblings = drawn.token_ids_XW.shape
+    parents_W = torch.arange(num_nodes, device=logprobs_BWV.device).repeat_interleave(num_siblings)
+    path_BWK = path_logprobs_BW.unsqueeze(-1) + logprobs_BWV.gather(-1, drawn.token_ids_XW)
+    tokens_BW, scores_BW = drawn.token_ids_XW.flatten(1), drawn.scores_XW.flatten(1)
+    return BeamLevel(parents_W.expand(num_requests, -1), tokens_BW, path_BWK.flatten(1), scores_BW)
+
+
 def next_beams(
-    path_logprobs_BW: Tensor, scores_BW: Tensor, *, logprobs_BWV: Tensor, noise_BWV: Tensor, width: int
+    path_logprobs_BW: Tensor,
+    scores_BW: Tensor,
+    *,
+    logprobs_BWV: Tensor,
+    noise_BWV: Tensor,
+    width: int,
+    is_greedy_B: Tensor | None = None,
 ) -> BeamLevel:
     """One level of stochastic beam search: the `width` best continuations over all beams of each request.
 
     `logprobs_BWV` is what the draft gives behind each beam, `noise_BWV` Gumbel noise, independent for every beam.
-    Continuations of one beam come in the order of their draws.
+    Continuations of one beam come in the order of their draws. Requests of `is_greedy_B`, whose noise is 0, keep the
+    likeliest paths instead.
     """
     path_BWV = path_logprobs_BW.unsqueeze(-1) + logprobs_BWV
     # Conditioning keeps the order within a beam, so only its best can be among the best of all.
     free_BWC, token_ids_BWC = (path_BWV + noise_BWV).topk(min(width, logprobs_BWV.shape[-1]), dim=-1)
     scores_BWC = conditioned(free_BWC, scores_BW.unsqueeze(-1))
+    if is_greedy_B is not None:
+        scores_BWC = torch.where(is_greedy_B[:, None, None], free_BWC, scores_BWC)
     num_candidates = free_BWC.shape[-1]
     kept_BW, index_BW = scores_BWC.flatten(1).topk(min(width, scores_BWC[0].numel()), dim=-1)
     return BeamLevel(

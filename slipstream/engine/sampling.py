@@ -71,7 +71,7 @@ def choose_tokens(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> list[
     rows, positions = [], []
     for request in requests:
         first = len(request.token_ids)
-        rows.append(_row_bytes(request.sampling) * (1 + len(request.tree.token_ids)))
+        rows.append(row_of(request.sampling) * (1 + len(request.tree.token_ids)))
         positions += [first, *(first + depth for depth in depths(request.tree))]
     chosen = choose(adjusted(logits_XV, requests), sample_rows(rows, positions)).tolist()
     ends = list(accumulate(1 + len(request.tree.token_ids) for request in requests))
@@ -80,11 +80,12 @@ def choose_tokens(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> list[
 
 def target_probs(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> Tensor:
     """What `choose_tokens` draws each row's token from: float64 [X, V] after bias, penalties, temperature, filters."""
-    rows = [_row_bytes(request.sampling) * (1 + len(request.tree.token_ids)) for request in requests]
+    rows = [row_of(request.sampling) * (1 + len(request.tree.token_ids)) for request in requests]
     return probabilities(adjusted(logits_XV, requests), sample_rows(rows, [0] * len(logits_XV)))
 
 
-def _row_bytes(sampling: SamplingParams) -> bytes:
+def row_of(sampling: SamplingParams) -> bytes:
+    """The sample row of a request: temperature, filters and the key of its noise."""
     return row_bytes(
         seed=sampling.seed,
         temperature=sampling.temperature,
