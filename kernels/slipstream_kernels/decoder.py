@@ -141,6 +141,7 @@ class Decoder:
         self._set = self._function("decoder_set", ctypes.c_int)
         self._forward = self._function("decoder_forward")
         self._keep = self._function("decoder_keep")
+        self._draft_chain = self._function("draft_chain")
         self._plan = _Plan()
         self._plan_address = ctypes.addressof(self._plan)
         self._kept_alive: list[Tensor] = []
@@ -180,6 +181,28 @@ class Decoder:
         depth, itself last; it writes its own key and value into its node slot, or, where that is -1, into the block of
         its position. Places must be within the sizes, which is not checked again.
         """
+        num_rows, num_logit_rows = self._take(plan)
+        self._forward(
+            ctypes.c_void_p(self._handle),
+            ctypes.c_void_p(self._plan_address),
+            ctypes.c_void_p(self._logits_address),
+            ctypes.c_void_p(self._experts_address),
+        )
+        return self._logits_XV[:num_logit_rows], self._experts_TLK[:num_rows]
+
+    def draft_chain(self, first: Plan, chain_address: int) -> None:
+        """Draft from this decoder; `slipstream_kernels.chain` says what lies at the address."""
+        self._take(first)
+        self._draft_chain(
+            ctypes.c_void_p(self._handle),
+            ctypes.c_void_p(self._plan_address),
+            ctypes.c_int32(self.sizes.vocab),
+            ctypes.c_void_p(self._logits_address),
+            ctypes.c_void_p(chain_address),
+        )
+
+    def _take(self, plan: Plan) -> tuple[int, int]:
+        """Where the plan's arrays lie, for the next call; how many rows it has, and of logits."""
         num_rows, num_logit_rows = len(plan.ids_T), len(plan.logit_rows_X)
         assert num_rows <= self.sizes.max_rows
         assert num_logit_rows <= self.sizes.max_rows
@@ -195,13 +218,7 @@ class Decoder:
         fields.ancestor_starts = plan.ancestor_starts.ctypes.data
         fields.ancestors = plan.ancestors.ctypes.data
         fields.logit_rows = plan.logit_rows_X.ctypes.data
-        self._forward(
-            ctypes.c_void_p(self._handle),
-            ctypes.c_void_p(self._plan_address),
-            ctypes.c_void_p(self._logits_address),
-            ctypes.c_void_p(self._experts_address),
-        )
-        return self._logits_XV[:num_logit_rows], self._experts_TLK[:num_rows]
+        return num_rows, num_logit_rows
 
     def keep(self, moves: Int32) -> None:
         """Copy keys and values from node slots into blocks: rows of (node slot, block, offset in the block)."""

@@ -286,7 +286,7 @@ def grow_reference(
     ends: list[int] = []
     for draw, (which, root, max_nodes, max_depth) in zip(draws_B, limits_B4.tolist(), strict=True):
         _check_request(which, root, matrices)
-        expand = functools.partial(_candidates, matrices[which], draw, rule)
+        expand = functools.partial(candidates_reference, matrices[which], draw, rule)
         if template is None:
             nodes += _best_first(expand, root, max_nodes, max_depth)
         else:
@@ -334,9 +334,10 @@ def _filled(expand: _Expand, root: int, template: Template, max_nodes: int, max_
     return nodes
 
 
-def _candidates(
+def candidates_reference(
     matrix: Adjacency, draw: Any, rule: GrowthRule, token: int, depth: int, score: float
 ) -> list[tuple[int, float]]:
+    """Token and score of what may follow `token` at `depth` (0: the root), by rank, where the path has `score`."""
     row = token
     if np.isneginf(matrix.logprobs_VN[token]).all():
         row, score = vocab_size_of(matrix), score - rule.unknown_penalty

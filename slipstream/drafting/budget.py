@@ -53,7 +53,7 @@ class Choice(msgspec.Struct, frozen=True):
     """Which of the X nodes are verified; `expected_tokens` and `predicted_s` are those of the step with them.
 
     `is_speculation_worth_it` is whether it yields more tokens a second, drafting included, than a step without drafts;
-    False means the next steps had better not draft (`Cadence`).
+    False means the next steps had better not draft (`modes`).
     """
 
     is_chosen_X: NDArray[np.bool_]
@@ -127,34 +127,3 @@ def _check(nodes: DrawnNodes | ForecastNodes, step_s: Float64, num_requests: int
     # The root survives always; its "survival" is looked up at -1, the entry after the last node.
     if (survivals_X > np.append(survivals_X, 1.0)[parents_X]).any():
         raise ValueError("a node survives more often than its parent; give products of survivals along the path")
-
-
-class Cadence:
-    """When to decide about speculation: every step while it pays, and now and then while it does not.
-
-    While it is off, a step costs nothing more than plain decoding, except that every `steps_between` steps, or as soon
-    as the batch is half or double what it was, drafts are made and weighed once. So if drafting and weighing take d
-    seconds and plain steps t, the share lost is d / (steps_between t).
-    """
-
-    def __init__(self, *, steps_between: int) -> None:
-        if steps_between < 1:
-            raise ValueError(f"steps_between is {steps_between}, expected at least 1")
-        self._steps_between = steps_between
-        self._num_requests = 0
-        self._num_steps_off = 0
-        self._is_off = False
-
-    def is_due(self, *, num_requests: int) -> bool:
-        """Whether to draft in the coming step; to be asked once a step."""
-        if not self._is_off:
-            return True
-        self._num_steps_off += 1
-        has_changed = not self._num_requests < 2 * num_requests < 4 * self._num_requests
-        return has_changed or self._num_steps_off >= self._steps_between
-
-    def note(self, choice: Choice, *, num_requests: int) -> None:
-        """What was decided in a step that was due."""
-        self._is_off = not choice.is_speculation_worth_it
-        self._num_requests = num_requests
-        self._num_steps_off = 0

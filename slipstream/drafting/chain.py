@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.drafting.drafter import DraftContext
 from slipstream.drafting.tree import NO_DRAFT, DraftTree, chain_tree
 from slipstream.engine.blocks import blocks_for
 from slipstream.engine.decoders import open_decoder
+from slipstream.engine.native_decoder import NativeDecoder
 from slipstream.engine.plan import NO_NODE, Int32, StepPlan
-from slipstream.engine.sampling import draft_tokens
+from slipstream.engine.sampling import draft_rows, draft_tokens
 from slipstream.models.checkpoint import Checkpoint
+from slipstream_kernels.merging import Chains
 
 
 class ChainDrafter:
@@ -58,38 +61,58 @@ class ChainDrafter:
 
     def warm(self) -> None:
         """Run once, so that the first real step pays no first-call cost."""
-        self._forward([0], [0], [0], wanted=[0])
+        self._decoder.forward(self._plan([0], [0], [0], wanted=[0]))
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
-        """One chain per context, in order; NO_DRAFT where none is possible yet."""
-        chains: list[list[int]] = [[] for _ in contexts]
-        depths = [min(one.max_depth, one.max_nodes, self._max_positions - len(one.token_ids)) for one in contexts]
-        growing, logits_BV = self._catch_up(contexts, depths)
-        while growing:
-            positions = [len(contexts[index].token_ids) + len(chains[index]) for index in growing]
-            draws = [contexts[index].sampling for index in growing]
-            for index, token in zip(growing, draft_tokens(logits_BV, draws, positions).tolist(), strict=True):
-                chains[index].append(token)
-            growing = [index for index in growing if len(chains[index]) < depths[index]]
-            if growing:
-                logits_BV = self._extend([contexts[index] for index in growing], [chains[index] for index in growing])
-        return [chain_tree(one, drafter="chain", version=self.version) if one else NO_DRAFT for one in chains]
+        """One chain per context, in order, as long as it may be; NO_DRAFT where none is possible yet."""
+        max_tokens = max((one.max_nodes for one in contexts), default=0)
+        token_ids_BD, _, lengths_B = self.draft(contexts, max_tokens=max_tokens)
+        return [
+            chain_tree(ids[:length], drafter="chain", version=self.version) if length else NO_DRAFT
+            for ids, length in zip(token_ids_BD.tolist(), lengths_B.tolist(), strict=True)
+        ]
+
+    def draft(self, contexts: Sequence[DraftContext], *, max_tokens: int, min_path: float = 0.0) -> Chains:
+        """A chain per context, in order, of length 0 where none is possible yet.
+
+        A chain ends once the product of its scores, what the draft's softmax gives its tokens, is below `min_path`.
+        """
+        limits = [
+            min(one.max_depth, one.max_nodes, max_tokens, self._max_positions - len(one.token_ids)) for one in contexts
+        ]
+        level, plan = self._catch_up(contexts, limits)
+        if not level:
+            if len(plan.ids_T):
+                self._decoder.forward(plan)
+            return _no_chains(len(contexts))
+        chains = self._draft_level(
+            [contexts[index] for index in level], [limits[index] for index in level], plan, min_path
+        )
+        for index, length in zip(level, chains.lengths_B.tolist(), strict=True):
+            # The last token drafted is not computed.
+            self._num_cached[contexts[index].slot] += length - 1
+        if len(level) == len(contexts):
+            return chains
+        whole = _no_chains(len(contexts), width=chains.token_ids_BD.shape[1])
+        for all_rows, rows in zip(whole, chains, strict=True):
+            all_rows[level] = rows
+        return whole
 
     def committed(self, slot: int, *, num_tokens: int) -> None:
         """The sequence now has `num_tokens` tokens, all but the last equal to what was computed: drop the rest."""
         self._num_cached[slot] = min(self._num_cached[slot], num_tokens - 1)
 
-    def _catch_up(self, contexts: Sequence[DraftContext], depths: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Compute tokens not yet in the cache; returns the contexts that are level, and the logits of their next."""
+    def _catch_up(self, contexts: Sequence[DraftContext], limits: Sequence[int]) -> tuple[list[int], StepPlan]:
+        """Which contexts are level after the pass that computes tokens not yet in the cache, and that pass."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         level: list[int] = []
         wanted: list[int] = []
-        for index, (context, depth) in enumerate(zip(contexts, depths, strict=True)):
+        for index, (context, limit) in enumerate(zip(contexts, limits, strict=True)):
             start = self._num_cached[context.slot]
             end = min(len(context.token_ids), start + self._max_catch_up_tokens - len(ids))
-            if depth < 1 or end <= start:
+            if limit < 1 or end <= start:
                 continue
             ids += context.token_ids[start:end]
             positions += range(start, end)
@@ -98,23 +121,49 @@ class ChainDrafter:
             if end == len(context.token_ids):
                 level.append(index)
                 wanted.append(len(ids) - 1)
-        if not ids:
-            return [], torch.empty(0)
-        return level, self._forward(ids, positions, slots, wanted=wanted)
+        return level, self._plan(ids, positions, slots, wanted=wanted)
 
-    def _extend(self, contexts: Sequence[DraftContext], chains: Sequence[list[int]]) -> Tensor:
-        """Compute each chain's newest candidate; returns the logits of the next."""
-        positions = [len(context.token_ids) + len(chain) - 1 for context, chain in zip(contexts, chains, strict=True)]
-        slots = [context.slot for context in contexts]
-        for slot, position in zip(slots, positions, strict=True):
-            self._num_cached[slot] = position + 1
-        return self._forward([chain[-1] for chain in chains], positions, slots, wanted=range(len(chains)))
+    def _draft_level(
+        self, contexts: Sequence[DraftContext], limits: Sequence[int], first: StepPlan, min_path: float
+    ) -> Chains:
+        draws_B = draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts])
+        slots_B, limits_B = (np.array(column, np.int32) for column in ([one.slot for one in contexts], limits))
+        if isinstance(self._decoder, NativeDecoder):
+            return self._decoder.draft_chains(
+                first, slots_B=slots_B, max_tokens_B=limits_B, draws_B=draws_B, min_path=min_path
+            )
+        return self._draft_by_steps(contexts, limits_B, first, min_path)
 
-    def _forward(
+    def _draft_by_steps(
+        self, contexts: Sequence[DraftContext], limits_B: Int32, plan: StepPlan, min_path: float
+    ) -> Chains:
+        """What `NativeDecoder.draft_chains` does, with a read of the device for every token."""
+        chains = _no_chains(len(contexts), width=int(limits_B.max()))
+        paths_B = np.ones(len(contexts))
+        growing = list(range(len(contexts)))
+        while growing:
+            lengths = chains.lengths_B[growing]
+            positions = [len(contexts[index].token_ids) + int(chains.lengths_B[index]) for index in growing]
+            logits_BV = self._decoder.forward(plan).logits_XV
+            draws = [contexts[index].sampling for index in growing]
+            chosen = draft_tokens(logits_BV, draws, positions)
+            chains.token_ids_BD[growing, lengths] = chosen.cpu().numpy()
+            scores = _shares(logits_BV, chosen, [one.temperature for one in draws])
+            chains.scores_BD[growing, lengths] = scores
+            chains.lengths_B[growing] += 1
+            paths_B[growing] *= scores
+            growing = [one for one in growing if chains.lengths_B[one] < limits_B[one] and paths_B[one] >= min_path]
+            if growing:
+                places = [len(contexts[one].token_ids) + int(chains.lengths_B[one]) - 1 for one in growing]
+                newest = chains.token_ids_BD[growing, chains.lengths_B[growing] - 1].tolist()
+                plan = self._plan(newest, places, [contexts[one].slot for one in growing], wanted=range(len(growing)))
+        return chains
+
+    def _plan(
         self, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], *, wanted: Sequence[int]
-    ) -> Tensor:
+    ) -> StepPlan:
         position_T = np.array(positions, dtype=np.int32)
-        plan = StepPlan(
+        return StepPlan(
             np.array(ids, dtype=np.int32),
             position_T,
             np.array(slots, dtype=np.int32),
@@ -125,7 +174,22 @@ class ChainDrafter:
             _NO_ANCESTORS,
             np.array(wanted, dtype=np.int32),
         )
-        return self._decoder.forward(plan).logits_XV
+
+
+def _no_chains(number: int, *, width: int = 1) -> Chains:
+    return Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
+
+
+def _shares(
+    logits_BV: Tensor, token_ids_B: Tensor, temperatures: Sequence[float]
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """What the softmax at each row's temperature (at 0: at 1) gives its token."""
+    divisors_B1 = torch.tensor([one or 1.0 for one in temperatures], device=logits_BV.device).unsqueeze(1)
+    logprobs_BV = (logits_BV.float() / divisors_B1).log_softmax(-1)
+    shares: NDArray[np.float64] = (
+        logprobs_BV.gather(1, token_ids_B.long().unsqueeze(1)).exp().squeeze(1).double().cpu().numpy()
+    )
+    return shares
 
 
 _NO_ANCESTORS: Int32 = np.zeros(0, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""What the engine asks of a drafter, whatever it drafts with."""
+"""What the engine asks of a drafter, whatever it drafts with, and what one that learns is told of every pass."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from slipstream.drafting.tree import DraftTree
 from slipstream.engine.request import SamplingParams
+from slipstream.versions import DEFAULT_DOMAIN
 
 
 class DraftContext(msgspec.Struct, frozen=True):
     """A request that wants a draft: its slot, all its tokens so far, and how large a tree it can take.
 
     A tree has at most `max_nodes` nodes and is at most `max_depth` deep; both are at least 1. `tenant` says whose text
-    it is, for drafters that keep tenants apart. `num_passes` of this request were verified before: what a drafter draws
-    for a rejection rule is keyed by it (`verification.chance`).
+    it is, for drafters that keep tenants apart, `domain` which draft knows it best; `num_passes` is how many passes of
+    the request were verified before this one.
     """
 
     slot: int
@@ -25,7 +29,46 @@ class DraftContext(msgspec.Struct, frozen=True):
     max_nodes: int
     max_depth: int
     tenant: str = ""
+    domain: str = DEFAULT_DOMAIN
     num_passes: int = 0
+
+
+class StepLoad(msgspec.Struct, frozen=True):
+    """The coming pass before anything is drafted for it.
+
+    `num_rows` rows are computed in any case, that attend to `context_tokens` positions in the mean; `num_choosing`
+    requests get their next token from it.
+    """
+
+    num_rows: int
+    num_choosing: int
+    context_tokens: float
+
+
+class LearnedRequest(msgspec.Struct, frozen=True):
+    """A request that went on with `kept_ids` in a pass; `output_ids` is its whole output if it ended there."""
+
+    slot: int
+    tenant: str
+    kept_ids: Sequence[int]
+    output_ids: Sequence[int] | None = None
+
+
+class Lesson(msgspec.Struct, frozen=True):
+    """What a pass of the target taught: X rows of logits, and the requests that got tokens from them.
+
+    `row_ids_X` int32 is the token whose next one each row predicts, `tenants_X` whose it is; `logits_XV` fp32 is valid
+    until the next pass. The pass was over `num_rows` rows, nodes among them, and took `seconds`; `expert_ids_TLK` are
+    the experts that its rows chose, None for a dense target.
+    """
+
+    row_ids_X: NDArray[np.int32]
+    tenants_X: Sequence[str]
+    logits_XV: Tensor
+    requests: Sequence[LearnedRequest]
+    num_rows: int
+    seconds: float
+    expert_ids_TLK: Tensor | None
 
 
 class Drafter(Protocol):

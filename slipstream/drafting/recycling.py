@@ -110,12 +110,11 @@ class RecyclingDrafter:
 
     def grow(self, contexts: Sequence[DraftContext]) -> Grown:
         """The trees of `propose` with their scores, one call for all contexts."""
-        matrices = [self._first]
-        places: dict[str, int] = {}
-        for tenant in {} if self._max_tenants is None else dict.fromkeys(context.tenant for context in contexts):
-            places[tenant] = len(matrices)
-            matrices.append(self._known(tenant))
-        limits = [(places.get(one.tenant, 0), one.token_ids[-1], one.max_nodes, one.max_depth) for one in contexts]
+        matrices, places = self.matrices_of([context.tenant for context in contexts])
+        limits = [
+            (place, one.token_ids[-1], one.max_nodes, one.max_depth)
+            for place, one in zip(places, contexts, strict=True)
+        ]
         draws = [
             row_bytes(seed=one.seed, temperature=one.temperature, sample_index=one.sample_index)
             for one in (context.sampling for context in contexts)
@@ -127,6 +126,17 @@ class RecyclingDrafter:
             rule=self._rule,
             template=self._template,
         )
+
+    def matrices_of(self, tenants: Sequence[str]) -> tuple[list[Adjacency], list[int]]:
+        """The matrices that requests of these tenants draft from, and which of them each one's is."""
+        matrices = [self._first]
+        if self._max_tenants is None:
+            return matrices, [0] * len(tenants)
+        places: dict[str, int] = {}
+        for tenant in dict.fromkeys(tenants):
+            places[tenant] = len(matrices)
+            matrices.append(self._known(tenant))
+        return matrices, [places[tenant] for tenant in tenants]
 
     def observe(
         self,

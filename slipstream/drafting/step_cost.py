@@ -18,6 +18,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Float64 = NDArray[np.float64]
 
@@ -81,6 +82,17 @@ def _timed(probe: StepProbe, num_rows: int, context: int, is_varied: bool) -> fl
     start = time.perf_counter()
     probe(num_rows, context, is_varied=is_varied)
     return time.perf_counter() - start
+
+
+def distinct_experts(expert_ids_TLK: Tensor | None) -> float | None:
+    """Distinct experts a layer that T rows chose, their mean over layers; None for a dense model."""
+    if expert_ids_TLK is None:
+        return None
+    ids_TLK = expert_ids_TLK.cpu().numpy()
+    num_layers = ids_TLK.shape[1]
+    is_used = np.zeros((num_layers, int(ids_TLK.max()) + 1), dtype=np.bool_)
+    is_used[np.arange(num_layers)[:, None], ids_TLK] = True
+    return float(is_used.sum()) / num_layers
 
 
 class ExpertUnion:

@@ -15,12 +15,16 @@ Counts of tried and accepted nodes are kept in cells of rank x depth x what the 
 long its match was (look-ups), or how likely it finds it (models). They forget exponentially. A cell with little
 evidence leans on that of all depths, which leans on that of its rank. Over what the drafter says, estimates then follow
 the nearest rising curve (isotonic regression, Barlow et al., 1972): that a longer match or a likelier token is accepted
-no less often is all that can be trusted of it. Memory is fixed: 19 KiB a drafter.
+no less often is all that can be trusted of it. Memory is fixed: 32 KiB a drafter.
+
+The engine reads and counts in compiled code, node by node (`slipstream_kernels.merging`); the methods here that do so
+for arrays of nodes are what that code is checked against, and what shapes for the rejection rules come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NewType, TypeVar, cast
 
 import msgspec
@@ -55,7 +59,18 @@ _LEANING_TRIALS = 4.0
 """How many trials of its own weigh as much as the wider cell's estimate."""
 
 _REFIT_TRIALS = 64
-"""New trials after which estimates are made anew."""
+"""New trials after which estimates are made anew, at first; later once they are a fiftieth of what is known."""
+
+NUM_BINS = 20
+"""Of a calibration curve."""
+
+CURVE_WINDOW_TRIALS = 50_000
+
+
+NUM_MATCH_LEVELS = int(_MATCHES[-1]) + 1
+NUM_SCORE_LEVELS = len(_SCORE_EDGES) + 1
+
+_NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class NodeFeatures(msgspec.Struct, frozen=True):
@@ -124,56 +139,60 @@ class CalibrationBin(msgspec.Struct, frozen=True):
 
 
 class CalibrationCurve:
-    """Predicted against real survival, in bins of equal width; each prediction was made before its outcome counted."""
+    """Predicted against real survival, in bins of equal width; each prediction was made before its outcome counted.
 
-    def __init__(self, *, num_bins: int = 20, window_trials: int = 50_000) -> None:
-        self._keep_ratio = 1 - 1 / window_trials
-        self._sums = np.zeros((3, num_bins))
+    `sums` [3, NUM_BINS] float64 holds the trials of each bin, the sum of their predictions, and how many were accepted.
+    """
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((3, NUM_BINS))
 
     def add(self, predicted_X: Float64, is_accepted_X: Bool) -> None:
         """These were predicted, and this came of them."""
-        num_bins = self._sums.shape[1]
-        bins = np.minimum((predicted_X * num_bins).astype(np.int64), num_bins - 1)
-        self._sums *= self._keep_ratio ** len(bins)
-        self._sums[0] += np.bincount(bins, minlength=num_bins)
-        self._sums[1] += np.bincount(bins, weights=predicted_X, minlength=num_bins)
-        self._sums[2] += np.bincount(bins, weights=is_accepted_X, minlength=num_bins)
+        bins = np.minimum((predicted_X * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+        self.sums[0] += np.bincount(bins, minlength=NUM_BINS)
+        self.sums[1] += np.bincount(bins, weights=predicted_X, minlength=NUM_BINS)
+        self.sums[2] += np.bincount(bins, weights=is_accepted_X, minlength=NUM_BINS)
+
+    def forget(self, num_trials: float) -> None:
+        """So many trials were added since the last call: older ones count less, by half in CURVE_WINDOW_TRIALS."""
+        self.sums *= 0.5 ** (num_trials / CURVE_WINDOW_TRIALS)
 
     def bins(self) -> list[CalibrationBin]:
         """The bins that have trials, by rising prediction."""
         return [
             CalibrationBin(float(predicted / count), float(accepted / count), float(count))
-            for count, predicted, accepted in self._sums.T
+            for count, predicted, accepted in self.sums.T
             if count > 0
         ]
 
     def expected_error(self) -> float:
         """Mean of |predicted - real| over bins, each by its trials; 0 without any."""
-        counts, predicted, accepted = self._sums
+        counts, predicted, accepted = self.sums
         return float(np.abs(predicted - accepted).sum() / counts.sum()) if counts.sum() > 0 else 0.0
 
 
 class SurvivalModel:
     """Survival of the nodes of several drafters; see the module's docstring.
 
-    `matching` drafters are told apart by match length, `scoring` ones by their own score. `window_trials` is how many
-    trials of a drafter its estimates remember: fewer follow drift sooner, more are less noisy.
+    `matching` drafters are told apart by match length, `scoring` ones by their own score. Each is given how many of its
+    trials its estimates remember: fewer follow drift sooner, more are less noisy.
     """
 
-    def __init__(
-        self, *, matching: Collection[str] = (), scoring: Collection[str] = (), window_trials: int = 1_000
-    ) -> None:
-        if window_trials < 1:
-            raise ValueError(f"window_trials is {window_trials}, expected at least 1")
-        self._matching = {drafter: _Cells(int(_MATCHES[-1]) + 1, window_trials) for drafter in matching}
-        self._scoring = {drafter: _Cells(len(_SCORE_EDGES) + 1, window_trials) for drafter in scoring}
-        self._curves = {drafter: CalibrationCurve() for drafter in (*matching, *scoring)}
+    def __init__(self, *, matching: Mapping[str, int] = _NONE, scoring: Mapping[str, int] = _NONE) -> None:
+        """Raises ValueError for a number of trials below 1."""
+        self._matching = {drafter: Cells(NUM_MATCH_LEVELS, window) for drafter, window in matching.items()}
+        self._scoring = {drafter: Cells(NUM_SCORE_LEVELS, window) for drafter, window in scoring.items()}
+
+    def cells(self, drafter: str) -> Cells:
+        """Counts and estimates of one drafter."""
+        return self._matching.get(drafter) or self._scoring_cells(drafter)
 
     def forecast(self, drafter: str, features: NodeFeatures) -> ForecastSurvivals:
         """Survivals that know nothing of what is drawn: those of a shape, for any rule, and those of look-ups."""
         if drafter in self._matching:
-            return ForecastSurvivals(self._matching[drafter].said(features, _match_levels(features)))
-        return ForecastSurvivals(self._scoring_cells(drafter).unsaid(features))
+            return ForecastSurvivals(self._matching[drafter].said_of(features, _match_levels(features)))
+        return ForecastSurvivals(self._scoring_cells(drafter).unsaid_of(features))
 
     def read(self, drafter: str, features: NodeFeatures, scores_X: Float64) -> Float64:
         """Survivals of drawn candidates, for the equality rule: `scores_X` is the drafter's own idea of them, 0 to 1.
@@ -181,7 +200,7 @@ class SurvivalModel:
         A NaN is the lowest score: a draft that computes one is not to be believed. Raises ValueError for a drafter
         that has no scores.
         """
-        return self._scoring_cells(drafter).said(features, _score_levels(scores_X))
+        return self._scoring_cells(drafter).said_of(features, _score_levels(scores_X))
 
     def observe(self, drafter: str, features: NodeFeatures, scores_X: Float64 | None, result: Trials) -> None:
         """Count the trials among these nodes; the scores are those of `read`, None for a drafter that matches.
@@ -200,66 +219,85 @@ class SurvivalModel:
             raise ValueError(
                 f"drafter is {drafter!r}; give scores for {[*self._scoring]}, None for {[*self._matching]}"
             )
-        is_accepted_X = result.is_accepted_X[tried]
-        self._curves[drafter].add(cells.said(features, levels), is_accepted_X)
-        cells.count(features, levels, is_accepted_X)
+        cells.count(features, levels, result.is_accepted_X[tried])
 
     def forget(self, drafter: str) -> None:
         """Start anew with a drafter whose weights were replaced; its calibration curve goes on."""
-        (self._matching.get(drafter) or self._scoring_cells(drafter)).forget()
+        self.cells(drafter).forget()
 
     def calibration_curve(self, drafter: str) -> CalibrationCurve:
         """Predicted against real survival of a drafter's trials."""
-        return self._curves[drafter]
+        return self.cells(drafter).curve
 
     @property
     def num_bytes(self) -> int:
         """Memory of counts and estimates, whatever was observed."""
         return sum(cells.num_bytes for cells in (*self._matching.values(), *self._scoring.values()))
 
-    def _scoring_cells(self, drafter: str) -> _Cells:
+    def _scoring_cells(self, drafter: str) -> Cells:
         if drafter not in self._scoring:
             raise ValueError(f"drafter is {drafter!r}, expected one that scores: {[*self._scoring]}")
         return self._scoring[drafter]
 
 
-class _Cells:
-    """Counts and estimates of one drafter, by rank, depth and level: what it says of a candidate, as a small number."""
+class Cells:
+    """Counts and estimates of one drafter, by rank, depth and level: what it says of a candidate, as a small number.
+
+    float64 arrays [ranks, depths, levels] that stay where they are: `said`, the estimates; `new_tried` and
+    `new_accepted`, what was counted since they were made; and `curve`.
+    """
 
     def __init__(self, num_levels: int, window_trials: int) -> None:
+        if window_trials < 1:
+            raise ValueError(f"window_trials is {window_trials}, expected at least 1")
         self._keep_ratio = 1 - 1 / window_trials
         shape = (NUM_RANKS, _NUM_DEPTHS, num_levels)
-        self._tried, self._accepted = np.zeros(shape), np.zeros(shape)
+        self._tried, self._accepted, self.new_tried, self.new_accepted, self.said = np.zeros((5, *shape))
+        self.curve = CalibrationCurve()
         self.forget()
 
     def forget(self) -> None:
-        self._tried[:] = 0
-        self._accepted[:] = 0
+        """Start anew; the calibration curve goes on."""
+        for table in (self._tried, self._accepted, self.new_tried, self.new_accepted):
+            table[:] = 0
         self._fit()
 
     @property
     def num_bytes(self) -> int:
-        return sum(table.nbytes for table in (self._tried, self._accepted, self._said, self._unsaid))
+        """Memory of counts and estimates."""
+        tables = (self._tried, self._accepted, self.new_tried, self.new_accepted, self.said, self._unsaid)
+        return sum(table.nbytes for table in tables)
 
-    def said(self, features: NodeFeatures, levels_X: NDArray[np.intp]) -> Float64:
+    def said_of(self, features: NodeFeatures, levels_X: NDArray[np.intp]) -> Float64:
         """Survivals given what the drafter says."""
-        survivals_X: Float64 = self._said.take(_shape_cells(features) * self._said.shape[2] + levels_X)
+        survivals_X: Float64 = self.said.take(_shape_cells(features) * self.said.shape[2] + levels_X)
         return survivals_X
 
-    def unsaid(self, features: NodeFeatures) -> Float64:
+    def unsaid_of(self, features: NodeFeatures) -> Float64:
         """Survivals by rank and depth alone."""
         survivals_X: Float64 = self._unsaid.take(_shape_cells(features))
         return survivals_X
 
     def count(self, features: NodeFeatures, levels_X: NDArray[np.intp], is_accepted_X: Bool) -> None:
-        cells = _shape_cells(features) * self._said.shape[2] + levels_X
-        keep = self._keep_ratio ** len(cells)
-        for table, weights in ((self._tried, None), (self._accepted, is_accepted_X)):
-            table *= keep
+        """These were tried."""
+        self.curve.add(self.said_of(features, levels_X), is_accepted_X)
+        cells = _shape_cells(features) * self.said.shape[2] + levels_X
+        for table, weights in ((self.new_tried, None), (self.new_accepted, is_accepted_X)):
             table += np.bincount(cells, weights=weights, minlength=table.size).reshape(table.shape)
-        self._num_unfitted += len(cells)
-        if self._num_unfitted >= _REFIT_TRIALS:
-            self._fit()
+        self.refit_if_due()
+
+    def refit_if_due(self) -> None:
+        """Make the estimates anew if enough was counted since."""
+        num_new = self.new_tried.sum()
+        if num_new < max(_REFIT_TRIALS, self._num_known / 50):
+            return
+        keep = self._keep_ratio**num_new
+        for table, new in ((self._tried, self.new_tried), (self._accepted, self.new_accepted)):
+            table *= keep
+            table += new
+            new[:] = 0
+        self.curve.forget(num_new)
+        self._fit()
 
     def _fit(self) -> None:
         # Before any evidence the first of several siblings is right half the time, the second a quarter, and so on.
@@ -267,8 +305,8 @@ class _Cells:
         of_rank = self._leaning_on(guess, merged_axes=(1, 2))
         self._unsaid = self._leaning_on(of_rank, merged_axes=(2,))
         estimate = self._leaning_on(self._leaning_on(of_rank, merged_axes=(1,)), merged_axes=())
-        self._said = _rising(estimate, self._tried + _LEANING_TRIALS)
-        self._num_unfitted = 0
+        self.said[:] = _rising(estimate, self._tried + _LEANING_TRIALS)
+        self._num_known = float(self._tried.sum())
 
     def _leaning_on(self, wider: Float64, *, merged_axes: tuple[int, ...]) -> Float64:
         """Accepted over tried in cells that span `merged_axes`, with the wider estimate as _LEANING_TRIALS more."""

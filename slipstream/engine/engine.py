@@ -14,22 +14,27 @@ from typing import Protocol
 
 from slipstream.drafting.chain import ChainDrafter
 from slipstream.drafting.drafter import DraftContext, Drafter
+from slipstream.drafting.merge import DraftingOptions
+from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.tree import NO_DRAFT, DraftTree
 from slipstream.engine.admission import Admissible, check_request
 from slipstream.engine.batch import OnBlock, RunningSequence
 from slipstream.engine.counting import StepCounts
 from slipstream.engine.decoders import open_decoder
+from slipstream.engine.drafters import open_chain, open_merged
 from slipstream.engine.observer import ObservationSource, observations_of
 from slipstream.engine.packing import pack
 from slipstream.engine.passes import (
     Pass,
     accepted_moves,
     choose_and_verify,
+    lesson_of,
+    load_of,
     note_what_was_said,
     passes_of,
     token_logprobs,
 )
-from slipstream.engine.plan import BLOCK_TOKENS, PagedDecoder
+from slipstream.engine.plan import BLOCK_TOKENS, PagedDecoder, StepOutput, StepPlan
 from slipstream.engine.request import FinishReason, Request, TokenBlock, TokenLogprobs
 from slipstream.engine.scheduler import EngineLimits, Scheduler
 from slipstream.engine.stops import StopStrings, TokenBytes
@@ -38,7 +43,7 @@ from slipstream.models.checkpoint import Checkpoint, check_draft
 from slipstream.records import Observation
 from slipstream.telemetry import ReplicaMetrics
 from slipstream.verification import rule_named
-from slipstream.versions import NO_VERSION
+from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 
 NO_ROUTING_VERSION = 0
 
@@ -56,8 +61,9 @@ class Engine:
     """Serves one target. `submit`, `cancel` and `install_draft` may be called from any thread, `step` from one.
 
     `observe` receives the observations of every finished request that may be learned from; it must not wait.
-    `token_bytes` tells what stop strings are looked for in; without it requests that have some are refused. `rule` names
-    one of `verification.RULES`.
+    `token_bytes` tells what stop strings are looked for in; without it requests that have some are refused. `drafting`
+    says which drafters take part (needs the compiled kernels); without it chains of the installed draft are drafted,
+    always `num_draft_tokens` long. `rule` names one of `verification.RULES`.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class Engine:
         token_bytes: TokenBytes | None = None,
         device: str = "cpu",
         decoders: OpenDecoder = open_decoder,
+        drafting: DraftingOptions | None = None,
         rule: str = "equality",
     ) -> None:
         self.limits = limits
@@ -98,18 +105,19 @@ class Engine:
         self._rule = rule_named(rule)
         self._counts = StepCounts(metrics)
         self._scheduler = Scheduler(limits, max_context_tokens=self.max_context_tokens)
-        rows_of_request = 1 + limits.num_draft_tokens
+        num_nodes = limits.max_running_requests * limits.num_draft_tokens
         self._target = decoders(
             target,
             num_blocks=limits.num_blocks,
-            num_node_slots=limits.max_running_requests * limits.num_draft_tokens,
+            num_node_slots=num_nodes,
             # A prefilling sequence may get a block's worth of rows when decoding takes the whole budget.
-            max_rows=max(limits.max_step_tokens, limits.max_running_requests * rows_of_request) + BLOCK_TOKENS,
+            max_rows=max(limits.max_step_tokens, limits.max_running_requests) + num_nodes + BLOCK_TOKENS,
             device=device,
         )
-        self._drafter: Drafter | None = None
+        self._merged = open_merged(drafting, self._target, limits) if drafting else None
+        self._drafter: Drafter | None = self._merged
         self._swap_lock = threading.Lock()
-        self._incoming: tuple[Drafter | None, threading.Event] | None = None
+        self._incoming: list[tuple[Callable[[], None], threading.Event]] = []
         metrics.kv_blocks.set(limits.num_blocks)
 
     @property
@@ -128,8 +136,13 @@ class Engine:
         return self._scheduler.pool.num_free
 
     @property
+    def drafter(self) -> Drafter | None:
+        """What drafts now."""
+        return self._drafter
+
+    @property
     def draft_version(self) -> int:
-        """The version drafting now; 0 without a draft."""
+        """The version drafting now for the default domain; 0 without a draft."""
         drafter = self._drafter  # read once: the engine's thread may switch it meanwhile
         return drafter.version if drafter else NO_VERSION
 
@@ -153,22 +166,52 @@ class Engine:
         """Drop a request at the next step; its `on_block` is not called again. What it got is still observed."""
         self._scheduler.cancel(request_id)
 
-    def install_draft(self, draft: Checkpoint | None, *, version: int) -> threading.Event:
-        """Draft chains with this version from the next step on; None switches speculation off.
+    def install_draft(self, draft: Checkpoint | None, *, version: int, domain: str = DEFAULT_DOMAIN) -> threading.Event:
+        """Draft with this version for the requests of a domain from the next step on; None: with none of its own.
 
-        Checks, loads and warms the draft beside the running one before it returns. Raises ArtifactRejected if the draft
-        does not fit the target or cannot run. See `install_drafter`.
+        Requests of a domain without one get that of DEFAULT_DOMAIN. Checks, loads and warms the draft beside the
+        running one before it returns; the event is set when the switch has happened. Raises ArtifactRejected if the
+        draft does not fit the target or cannot run, or for another domain where only one draft is kept.
         """
-        return self.install_drafter(None if draft is None else self._warmed(draft, version=version))
+        merged, chain = self._merged, None if draft is None else self._opened(draft, version=version)
+        if merged is not None:
+            return self._switch(lambda: merged.install_chain(domain, chain))
+        if domain != DEFAULT_DOMAIN:
+            raise ArtifactRejected(
+                f"draft version {version} is for domain {domain!r}, and this engine keeps one draft for all",
+                reason="format",
+            )
+        return self.install_drafter(chain)
+
+    def install_matrix(self, matrix: StoredMatrix, *, version: int) -> threading.Event:
+        """Begin anew with this Token Recycling matrix; raises ArtifactRejected where none is used."""
+        merged = self._merged
+        if merged is None:
+            raise ArtifactRejected(f"matrix version {version}: this engine drafts with chains alone", reason="format")
+        return self._switch(lambda: merged.install_matrix(matrix, version=version))
 
     def install_drafter(self, drafter: Drafter | None) -> threading.Event:
-        """Draft with this from the next step on, None: not at all.
+        """Draft with this from the next step on, None: not at all; the event is set when the switch has happened."""
 
-        The event is set when the switch has happened; never, if a later call came first.
-        """
+        def switch() -> None:
+            self._drafter, self._merged = drafter, None
+
+        return self._switch(switch)
+
+    def _opened(self, draft: Checkpoint, *, version: int) -> ChainDrafter:
+        check_draft(draft, vocab_size=self.vocab_size)
+        return open_chain(
+            draft,
+            version=version,
+            limits=self.limits,
+            max_context_tokens=self.max_context_tokens,
+            device=self._device,
+        )
+
+    def _switch(self, action: Callable[[], None]) -> threading.Event:
+        switched = threading.Event()
         with self._swap_lock:
-            switched = threading.Event()
-            self._incoming = (drafter, switched)
+            self._incoming.append((action, switched))
         return switched
 
     def step(self) -> bool:
@@ -181,11 +224,14 @@ class Engine:
         if working:
             trees = self._draft(working)
             plan = pack(working, trees, self._scheduler.block_tables_BC)
+            before = time.perf_counter()
             output = self._target.forward(plan)
             passes = passes_of(working, trees)
             choose_and_verify(passes, output, rule=self._rule)
+            pass_s = time.perf_counter() - before
             self._target.keep(accepted_moves(passes))
             self._commit(working, passes)
+            self._teach(passes, plan, output, pass_s)
             note_what_was_said(passes, plan, output, top_n=self._source.top_n)
             for one in passes:
                 self._hand_out(one)
@@ -203,28 +249,13 @@ class Engine:
         self._scheduler.close()
         self.fail_all(error)
 
-    def _warmed(self, draft: Checkpoint, *, version: int) -> ChainDrafter:
-        check_draft(draft, vocab_size=self.vocab_size)
-        try:
-            drafter = ChainDrafter(
-                draft,
-                version=version,
-                num_slots=self.limits.max_running_requests,
-                max_context_tokens=self.max_context_tokens,
-                max_catch_up_tokens=self.limits.max_step_tokens,
-                device=self._device,
-            )
-            drafter.warm()
-        except (RuntimeError, MemoryError, IndexError, ValueError) as error:
-            raise ArtifactRejected(f"draft version {version} cannot run: {error}", reason="format") from error
-        return drafter
-
     def _swap_if_waiting(self) -> None:
-        with self._swap_lock:
-            incoming, self._incoming = self._incoming, None
-        if incoming is not None:
-            self._drafter, switched = incoming
-            switched.set()
+        if self._incoming:
+            with self._swap_lock:
+                incoming, self._incoming = self._incoming, []
+            for action, switched in incoming:
+                action()
+                switched.set()
 
     def _drop_cancelled(self) -> None:
         for sequence in self._scheduler.take_cancelled():
@@ -239,6 +270,8 @@ class Engine:
 
     def _draft(self, working: Sequence[RunningSequence]) -> Sequence[DraftTree]:
         """One tree per sequence; NO_DRAFT for those that read their prompt or must not speculate."""
+        if self._merged is not None:
+            self._merged.expect(load_of(working))
         wanting = [sequence for sequence in working if sequence.max_depth]
         if self._drafter is None or not wanting:
             return [NO_DRAFT] * len(working)
@@ -251,6 +284,7 @@ class Engine:
                 max_nodes,
                 one.max_depth,
                 tenant=one.request.tenant,
+                domain=one.request.domain,
                 num_passes=len(one.rounds),
             )
             for one in wanting
@@ -269,6 +303,11 @@ class Engine:
                 self._drafter.committed(one.sequence.slot, num_tokens=len(one.sequence.token_ids))
         for sequence in working:
             self._scheduler.publish(sequence)
+
+    def _teach(self, passes: Sequence[Pass], plan: StepPlan, output: StepOutput, pass_s: float) -> None:
+        """Tell the drafter what came of the step, if it learns."""
+        if self._merged is not None and passes:
+            self._merged.learn(lesson_of(passes, plan, output, pass_s))
 
     def _hand_out(self, one: Pass) -> None:
         """Count a pass, keep what it tells the observer, and give its tokens to the caller; end the request if so."""

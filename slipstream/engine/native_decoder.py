@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from slipstream.engine.plan import Move, StepOutput, StepPlan
+from slipstream.engine.plan import Int32, Move, StepOutput, StepPlan
 from slipstream.models.config import ModelConfig
 from slipstream.models.decoder import DecoderWeights, LayerWeights
+from slipstream_kernels.chain import draft_chains
 from slipstream_kernels.decoder import Decoder, Part, Sizes
+from slipstream_kernels.merging import Chains
+from slipstream_kernels.sampling import SampleRows
 
 
 class NativeDecoder:
@@ -33,6 +36,14 @@ class NativeDecoder:
         """See `PagedDecoder.forward`; what it returns is overwritten by the next pass."""
         logits_XV, expert_ids_TLK = self._decoder.forward(plan)
         return StepOutput(logits_XV, expert_ids_TLK if self.config.num_experts else None)
+
+    def draft_chains(
+        self, first: StepPlan, *, slots_B: Int32, max_tokens_B: Int32, draws_B: SampleRows, min_path: float
+    ) -> Chains:
+        """See `slipstream_kernels.chain.draft_chains`."""
+        return draft_chains(
+            self._decoder, first, slots_B=slots_B, max_tokens_B=max_tokens_B, draws_B=draws_B, min_path=min_path
+        )
 
     def keep(self, moves: Sequence[Move]) -> None:
         """Copy accepted nodes into their blocks."""

@@ -13,6 +13,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from slipstream.drafting.drafter import LearnedRequest, Lesson, StepLoad
 from slipstream.drafting.tree import DraftTree, part_of
 from slipstream.engine.batch import ObservedStep, RunningSequence
 from slipstream.engine.packing import moves_of
@@ -41,6 +42,32 @@ class Pass(msgspec.Struct, kw_only=True):
     kept_ids: tuple[int, ...] = ()
     said: tuple[ObservedStep, slice] | None = None
     is_sound: bool = True
+
+
+def load_of(sequences: Sequence[RunningSequence]) -> StepLoad:
+    """The step of these sequences before anything is drafted for it."""
+    num_rows = sum(one.num_step_tokens for one in sequences)
+    num_positions = sum(one.num_step_tokens * (one.num_computed + one.num_step_tokens / 2) for one in sequences)
+    return StepLoad(num_rows, sum(one.is_choosing for one in sequences), num_positions / num_rows)
+
+
+def lesson_of(passes: Sequence[Pass], plan: StepPlan, output: StepOutput, pass_s: float) -> Lesson:
+    """What a step of `pass_s` seconds teaches, after it was committed."""
+    return Lesson(
+        row_ids_X=plan.ids_T[plan.logit_rows_X],
+        tenants_X=[one.sequence.request.tenant for one in passes for _ in range(1 + len(one.tree.token_ids))],
+        logits_XV=output.logits_XV,
+        requests=[_learned(one) for one in passes],
+        num_rows=len(plan.ids_T),
+        seconds=pass_s,
+        expert_ids_TLK=output.expert_ids_TLK,
+    )
+
+
+def _learned(one: Pass) -> LearnedRequest:
+    sequence = one.sequence
+    output_ids = None if sequence.finish_reason is None else sequence.token_ids[sequence.num_prompt :]
+    return LearnedRequest(sequence.slot, sequence.request.tenant, one.kept_ids, output_ids)
 
 
 def passes_of(sequences: Sequence[RunningSequence], trees: Sequence[DraftTree]) -> list[Pass]:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from slipstream.drafting.tree import DraftTree, depths
 from slipstream.engine.request import SamplingParams
-from slipstream_kernels.sampling import choose, probabilities, row_bytes, sample_rows
+from slipstream_kernels.sampling import SampleRows, choose, probabilities, row_bytes, sample_rows
 
 
 class RowsOfRequest(msgspec.Struct, frozen=True):
@@ -98,8 +98,13 @@ def row_of(sampling: SamplingParams) -> bytes:
 
 def draft_tokens(logits_TV: Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> Tensor:
     """A draft's candidate int32 [T] for each absolute position, drawn with the request's own noise; no filters."""
+    return choose(logits_TV, draft_rows(draws, positions))
+
+
+def draft_rows(draws: Sequence[Draw], positions: Sequence[int]) -> SampleRows:
+    """The sample rows by which drafts are drawn at these absolute positions."""
     rows = [row_bytes(seed=one.seed, temperature=one.temperature, sample_index=one.sample_index) for one in draws]
-    return choose(logits_TV, sample_rows(rows, positions))
+    return sample_rows(rows, positions)
 
 
 def adjusted(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> Tensor:

@@ -21,8 +21,9 @@ from slipstream.errors import EngineStopped, QueueFull
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of an engine; all counts. Defaults are `ServingConfig`'s.
 
-    `num_draft_tokens` bounds the nodes of a draft tree and so its depth; 0 switches speculation off. `num_blocks` of
-    16 positions are the whole K/V cache. `reuses_prefixes` False computes every prompt anew.
+    `num_draft_tokens` bounds the nodes of a draft tree and so its depth; 0 switches speculation off. Nodes come on top
+    of `max_step_tokens`. `num_blocks` of 16 positions are the whole K/V cache. `reuses_prefixes` False computes every
+    prompt anew.
     """
 
     max_running_requests: int
@@ -129,8 +130,7 @@ class Scheduler:
         left goes to prefill, oldest first and never less than a block, so that it is not starved either.
         """
         self._admit()
-        rows = 1 + self._limits.num_draft_tokens * has_drafter
-        budget = self._limits.max_step_tokens - rows * sum(one.is_decoding for one in self.running)
+        budget = self._limits.max_step_tokens - sum(one.is_decoding for one in self.running)
         budget = max(budget, BLOCK_TOKENS)
         awaited: set[PrefixKey] = set()
         for sequence in tuple(self.running):

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from deploy.local.queries import builtin_streams
 from slipstream.drafting.drafter import Drafter
+from slipstream.drafting.merge import DraftingOptions
 from slipstream.engine.decoders import open_decoder
 from slipstream.engine.engine import Engine, OpenDecoder
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
@@ -82,7 +83,7 @@ class Run(msgspec.Struct):
 
 
 class Served(msgspec.Struct, kw_only=True):
-    """How to serve: the engine's sizes, what drafts (a checkpoint, or any drafter), and the requests' sampling."""
+    """How to serve: sizes, what drafts (a checkpoint, any drafter, or a choice of them), and the requests' sampling."""
 
     draft: Checkpoint | None = None
     drafter: Drafter | None = None
@@ -97,6 +98,7 @@ class Served(msgspec.Struct, kw_only=True):
     num_logprobs: int | None = None
     token_bytes: TokenBytes | None = None
     more: dict[str, Any] = {}
+    drafting: DraftingOptions | None = None
 
 
 BeforeStep = Callable[[Engine, int], None]
@@ -113,6 +115,7 @@ def make_engine(target: Checkpoint, served: Served, observations: list[Observati
         metrics=metrics,
         decoders=served.decoders,
         token_bytes=served.token_bytes,
+        drafting=served.drafting,
     )
     if served.draft is not None:
         engine.install_draft(served.draft, version=1)

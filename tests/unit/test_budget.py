@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slipstream import verification
-from slipstream.drafting.budget import Cadence, Choice, DrawnNodes, ForecastNodes, RuleName, choose_nodes
+from slipstream.drafting.budget import Choice, DrawnNodes, ForecastNodes, RuleName, choose_nodes
 from slipstream.drafting.survival import ForecastSurvivals
 
 Float64 = NDArray[np.float64]
@@ -171,43 +171,6 @@ def test_inputs_are_not_changed() -> None:
     choose_nodes(nodes, step_s, num_requests=1, draft_s=0.5, rule="equality")
     assert nodes.survivals_X.tolist() == [0.9, 0.5]
     assert step_s.tolist() == [1.0, 1.1, 1.2]
-
-
-def test_while_it_pays_every_step_is_decided() -> None:
-    cadence = Cadence(steps_between=10)
-    for _ in range(3):
-        assert cadence.is_due(num_requests=4)
-        cadence.note(decision(pays=True), num_requests=4)
-
-
-def test_while_it_does_not_pay_every_nth_step_is_decided() -> None:
-    cadence = Cadence(steps_between=4)
-    due = []
-    for step in range(12):
-        if cadence.is_due(num_requests=4):
-            due.append(step)
-            cadence.note(decision(pays=False), num_requests=4)
-    assert due == [0, 4, 8]
-
-
-@pytest.mark.parametrize(("before", "now", "is_due"), [(4, 8, True), (8, 4, True), (8, 7, False), (8, 15, False)])
-def test_a_batch_of_half_or_double_the_size_is_decided_anew(before: int, now: int, is_due: bool) -> None:
-    cadence = Cadence(steps_between=100)
-    cadence.note(decision(pays=False), num_requests=before)
-    assert cadence.is_due(num_requests=now) == is_due
-
-
-def test_speculation_comes_back_when_a_decision_finds_that_it_pays() -> None:
-    cadence = Cadence(steps_between=2)
-    cadence.note(decision(pays=False), num_requests=1)
-    assert not cadence.is_due(num_requests=1)
-    assert cadence.is_due(num_requests=1)
-    cadence.note(decision(pays=True), num_requests=1)
-    assert cadence.is_due(num_requests=1)
-
-
-def decision(*, pays: bool) -> Choice:
-    return Choice(np.zeros(0, dtype=np.bool_), 0, 1.0, 1.0, pays)
 
 
 def is_closed(is_chosen: list[bool], parents: list[int]) -> bool:

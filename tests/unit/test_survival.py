@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slipstream.drafting.survival import (
+    CURVE_WINDOW_TRIALS,
     CalibrationCurve,
     NodeFeatures,
     SurvivalModel,
@@ -103,14 +104,14 @@ def test_outcomes_agree_with_the_verification_of_the_tree(seed: int, size: int) 
 
 
 def test_before_any_evidence_the_first_sibling_has_even_odds() -> None:
-    model = SurvivalModel(matching=["lookup"], scoring=["chain"])
+    model = SurvivalModel(matching={"lookup": 1_000}, scoring={"chain": 1_000})
     both = features([0, 1, 2], [1, 1, 1], [4, 4, 4])
     assert model.forecast("lookup", both).tolist() == pytest.approx([0.5, 0.25, 0.125])
     assert model.read("chain", both, np.array([0.9, 0.5, 0.1])).tolist() == pytest.approx([0.5, 0.25, 0.125])
 
 
 def test_one_outcome_moves_an_estimate_as_far_as_it_is_leaned_on() -> None:
-    model = SurvivalModel(matching=["lookup"])
+    model = SurvivalModel(matching={"lookup": 1_000})
     one = features([0], [1], [4])
     for _ in range(64):
         model.observe("lookup", one, None, Trials(np.array([True]), np.array([False])))
@@ -119,7 +120,7 @@ def test_one_outcome_moves_an_estimate_as_far_as_it_is_leaned_on() -> None:
 
 
 def test_nodes_that_were_not_tried_teach_nothing() -> None:
-    model = SurvivalModel(scoring=["chain"])
+    model = SurvivalModel(scoring={"chain": 1_000})
     many = features([0] * 100, [1] * 100)
     scores = np.full(100, 0.5)
     model.observe("chain", many, scores, Trials(np.zeros(100, dtype=bool), np.zeros(100, dtype=bool)))
@@ -154,7 +155,7 @@ def test_a_drafter_that_starts_anew_has_forgotten() -> None:
 
 
 def test_drafters_learn_apart() -> None:
-    model = SurvivalModel(scoring=["chain", "recycling"])
+    model = SurvivalModel(scoring={"chain": 1_000, "recycling": 1_000})
     many, scores = features([0] * 100, [1] * 100), np.full(100, 0.5)
     model.observe("chain", many, scores, Trials(np.ones(100, dtype=bool), np.ones(100, dtype=bool)))
     assert model.read("chain", many, scores)[0] > 0.95
@@ -162,7 +163,7 @@ def test_drafters_learn_apart() -> None:
 
 
 def test_a_drafter_is_asked_for_what_it_has() -> None:
-    model = SurvivalModel(matching=["lookup"], scoring=["chain"])
+    model = SurvivalModel(matching={"lookup": 1_000}, scoring={"chain": 1_000})
     one, score, tried = features([0], [1]), np.array([0.5]), Trials(np.array([True]), np.array([True]))
     with pytest.raises(ValueError, match="scores"):
         model.read("lookup", one, score)
@@ -175,12 +176,12 @@ def test_a_drafter_is_asked_for_what_it_has() -> None:
 
 
 def test_memory_does_not_grow_with_what_was_observed() -> None:
-    fresh = SurvivalModel(matching=["lookup"], scoring=["chain"]).num_bytes
-    assert observed_at_random().num_bytes == fresh <= 2 * 15 << 10
+    fresh = SurvivalModel(matching={"lookup": 1_000}, scoring={"chain": 1_000}).num_bytes
+    assert observed_at_random().num_bytes == fresh <= 2 * 32 << 10
 
 
 def observed_at_random() -> SurvivalModel:
-    model = SurvivalModel(matching=["lookup"], scoring=["chain"])
+    model = SurvivalModel(matching={"lookup": 1_000}, scoring={"chain": 1_000})
     rng = np.random.default_rng(4)
     for _ in range(20):
         some = NodeFeatures(*(rng.integers(low, 12, 100).astype(np.int32) for low in (0, 1, 0)))
@@ -191,12 +192,19 @@ def observed_at_random() -> SurvivalModel:
 
 
 def test_calibration_curve_of_worked_numbers() -> None:
-    curve = CalibrationCurve(num_bins=2, window_trials=10**9)
-    curve.add(np.array([0.2, 0.4, 0.9, 1.0]), np.array([False, True, True, True]))
+    curve = CalibrationCurve()
+    curve.add(np.array([0.21, 0.23, 0.96, 1.0]), np.array([False, True, True, True]))
     low, high = curve.bins()
-    assert (low.predicted, low.accepted_ratio, low.num_trials) == pytest.approx((0.3, 0.5, 2))
-    assert (high.predicted, high.accepted_ratio, high.num_trials) == pytest.approx((0.95, 1.0, 2))
-    assert curve.expected_error() == pytest.approx((2 * 0.2 + 2 * 0.05) / 4)
+    assert (low.predicted, low.accepted_ratio, low.num_trials) == pytest.approx((0.22, 0.5, 2))
+    assert (high.predicted, high.accepted_ratio, high.num_trials) == pytest.approx((0.98, 1.0, 2))
+    assert curve.expected_error() == pytest.approx((2 * 0.28 + 2 * 0.02) / 4)
+
+
+def test_what_a_curve_forgets_halves_in_a_window() -> None:
+    curve = CalibrationCurve()
+    curve.add(np.array([0.2]), np.array([True]))
+    curve.forget(CURVE_WINDOW_TRIALS)
+    assert curve.bins()[0].num_trials == pytest.approx(0.5)
 
 
 def test_calibration_of_nothing_has_no_error() -> None:
@@ -228,8 +236,8 @@ def drafts_of_a_stream(
 def stream_errors(drifts: list[tuple[float, float]], *, steps: int) -> list[float]:
     """Calibration error of every 3,000 trials or so, each predicted before it was learned from."""
     rng = np.random.default_rng(11)
-    model = SurvivalModel(scoring=["chain"])
-    errors, curve = [], CalibrationCurve(num_bins=10)
+    model = SurvivalModel(scoring={"chain": 1_000})
+    errors, curve = [], CalibrationCurve()
     for offset, slope in drifts:
         for step in range(steps):
             shape, scores, result = drafts_of_a_stream(rng, offset=offset, slope=slope)
@@ -238,7 +246,7 @@ def stream_errors(drifts: list[tuple[float, float]], *, steps: int) -> list[floa
             model.observe("chain", shape, scores, result)
             if step % 12 == 11:
                 errors.append(curve.expected_error())
-                curve = CalibrationCurve(num_bins=10)
+                curve = CalibrationCurve()
     return errors
 
 
@@ -255,7 +263,7 @@ def test_calibration_error_stays_small_on_a_stream_that_drifts() -> None:
 
 def test_a_drafters_own_score_is_not_calibrated_on_that_stream() -> None:
     rng = np.random.default_rng(11)
-    curve = CalibrationCurve(num_bins=10)
+    curve = CalibrationCurve()
     for _ in range(60):
         _, scores, result = drafts_of_a_stream(rng, offset=-1.0, slope=1.3)
         curve.add(scores[result.is_trial_X], result.is_accepted_X[result.is_trial_X])

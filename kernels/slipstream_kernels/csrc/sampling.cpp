@@ -8,16 +8,10 @@
 #include "logits.h"
 #include "noise.h"
 #include "pool.h"
+#include "sampling.h"
 
 namespace SLIPSTREAM_ISA {
 namespace {
-
-// `sampling.ROW`, field by field.
-struct SampleRow {
-    int64_t seed;
-    double temperature, top_p, min_p;
-    int32_t top_k, sample_index, redraw, position;
-};
 
 constexpr int64_t kTokensWorthSharing = 1 << 16;  // below it, waking another thread costs what it saves
 
@@ -210,12 +204,27 @@ class Search {
     Floats threshold_ = {};
 };
 
+}  // namespace
+
 int32_t choose_one(const float* logits, int64_t num_tokens, const SampleRow& how) {
     const Row row = finite_row(logits, num_tokens);
     if (how.temperature == 0.0) return int32_t(first_of(row.logits, num_tokens, row.largest));
     const bool is_filtered = how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0;
     return int32_t(Search(is_filtered ? filtered(row, how) : row, how).run());
 }
+
+double share_of(const float* logits, int64_t num_tokens, double temperature, int32_t token) {
+    const Row row = finite_row(logits, num_tokens);
+    const double divisor = temperature == 0.0 ? 1.0 : temperature;
+    Weights sums = {};
+    each_weight(row, divisor, [&](int64_t, Weights some) { sums += some; });
+    int64_t sum = 0;
+    for (int lane = 0; lane < kWide; ++lane) sum += sums[lane];
+    const Weights own = weights_at(HalfFloats{} + row.logits[token], Doubles{} + double(row.largest), Doubles{} + divisor);
+    return double(own[0]) / double(sum);
+}
+
+namespace {
 
 // --------------------------------------------------------------------------------------------- log-probabilities
 

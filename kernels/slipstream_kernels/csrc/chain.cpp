@@ -1,0 +1,108 @@
+// A chain drafted token after token by a small decoder, in one call: pass, choose, and again.
+#include <algorithm>
+#include <vector>
+
+#include "decoder.h"
+#include "export.h"
+#include "sampling.h"
+
+namespace SLIPSTREAM_ISA {
+namespace {
+
+// `chain.ChainPlan`, field by field; B requests, in the order of the first pass's rows of logits.
+struct ChainPlan {
+    int32_t num_requests, width;  // of `tokens` and `scores`
+    const int32_t *slots, *max_tokens;
+    const SampleRow* draws;  // at the position of each request's first drafted token
+    int32_t* tokens;         // out [B, width]
+    double* scores;          // out [B, width]: what the draft's softmax gives each token
+    int32_t* lengths;        // out [B]
+    double min_path;         // a chain whose product of scores is below this one is not continued
+};
+
+// Rows of the passes behind the first: each growing chain's newest token, at its own position.
+class Rows {
+   public:
+    void clear() { ids_.clear(), positions_.clear(), slots_.clear(), requests_.clear(); }
+
+    void add(int32_t request, int32_t slot, int32_t id, int32_t position) {
+        requests_.push_back(request);
+        slots_.push_back(slot);
+        ids_.push_back(id);
+        positions_.push_back(position);
+    }
+
+    int32_t number() const { return int32_t(ids_.size()); }
+    int32_t request(int32_t row) const { return requests_[size_t(row)]; }
+
+    SlipstreamPlan plan(const SlipstreamPlan& like) {
+        const size_t number = ids_.size();
+        committed_.assign(positions_.begin(), positions_.end());
+        for (int32_t& one : committed_) ++one;
+        no_nodes_.assign(number, -1);
+        starts_.assign(number + 1, 0);
+        wanted_.resize(number);
+        for (size_t row = 0; row < number; ++row) wanted_[row] = int32_t(row);
+        SlipstreamPlan plan = like;
+        plan.num_rows = plan.num_logit_rows = int32_t(number);
+        plan.ids = ids_.data();
+        plan.positions = positions_.data();
+        plan.sequences = slots_.data();
+        plan.num_committed = committed_.data();
+        plan.node_slots = no_nodes_.data();
+        plan.ancestor_starts = starts_.data();
+        plan.ancestors = starts_.data();
+        plan.logit_rows = wanted_.data();
+        return plan;
+    }
+
+   private:
+    std::vector<int32_t> requests_, ids_, positions_, slots_, committed_, no_nodes_, starts_, wanted_;
+};
+
+void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, float* logits, const ChainPlan& chain) {
+    static thread_local Rows growing, next;
+    static thread_local std::vector<double> paths;
+    paths.assign(size_t(chain.num_requests), 1.0);
+    growing.clear();
+    for (int32_t request = 0; request < chain.num_requests; ++request) {
+        chain.lengths[request] = 0;
+        growing.add(request, chain.slots[request], 0, chain.draws[request].position - 1);
+    }
+    decoder.forward(first, logits, nullptr);
+    while (true) {
+        next.clear();
+        for (int32_t row = 0; row < growing.number(); ++row) {
+            const int32_t request = growing.request(row), length = chain.lengths[request];
+            const float* const own = logits + int64_t(row) * vocab_size;
+            SampleRow draw = chain.draws[request];
+            draw.position += length;
+            const int32_t token = choose_one(own, vocab_size, draw);
+            const double score = share_of(own, vocab_size, draw.temperature, token);
+            chain.tokens[int64_t(request) * chain.width + length] = token;
+            chain.scores[int64_t(request) * chain.width + length] = score;
+            chain.lengths[request] = length + 1;
+            paths[size_t(request)] *= score;
+            if (length + 1 < chain.max_tokens[request] && paths[size_t(request)] >= chain.min_path) {
+                next.add(request, chain.slots[request], token, draw.position);
+            }
+        }
+        if (next.number() == 0) return;
+        std::swap(growing, next);
+        decoder.forward(growing.plan(first), logits, nullptr);
+    }
+}
+
+}  // namespace
+}  // namespace SLIPSTREAM_ISA
+
+extern "C" {
+
+// The first pass brings the cache level and ends with a row of logits for each request of the chain plan.
+void SLIPSTREAM_EXPORT(draft_chain)(void* decoder, const SlipstreamPlan* first, int32_t vocab_size, float* logits,
+                                    const void* chain) {
+    using namespace SLIPSTREAM_ISA;
+    draft(*static_cast<Decoder*>(decoder), *first, vocab_size, logits, *static_cast<const ChainPlan*>(chain));
+}
+
+}  // extern "C"

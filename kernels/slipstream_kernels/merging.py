@@ -1,0 +1,270 @@
+"""Trees from the candidates of several drafters at once, and the set of their nodes that pays.
+
+    candidate          a token that a drafter proposes behind a node of a tree
+    survival           how often such candidates are accepted where their parent is (`slipstream.drafting.survival`)
+    merged survival    of all that propose one token behind one node: 1 - product of (1 - survival), siblings' sum cut
+                       down to 1; then what such numbers turned out to be worth, which is learned like any drafter's
+    survival of a path the product from the root down
+
+Candidates behind a node come from a drafted chain and from look-ups as far as the path reads as they do, and from the
+Token Recycling row of the node's token. Trees grow best first: the candidate with the largest survival of its path is
+the next node. The budget then takes the nodes of all requests by falling survival, as many as give the most expected
+tokens a second (`slipstream.drafting.budget` proves that no other set is better).
+
+After the pass, `Merger.judge` counts every candidate along the path that the tokens took, verified or not: the target's
+token is known there. What the target said replaces nothing here: only what is proposed depends on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream_kernels.isa import function, instruction_set
+from slipstream_kernels.recycling import WIDTH, Adjacency, GrowthRule
+from slipstream_kernels.sampling import SampleRows
+
+DRAFTERS = ("chain", "recycling", "lookup", "pool", "merged")
+"""Whose candidates are told apart; the last one's are the nodes of the tree."""
+
+Int32 = NDArray[np.int32]
+Float64 = NDArray[np.float64]
+
+
+class Curve(Protocol):
+    """A calibration curve: `sums` float64 [3, bins]."""
+
+    sums: Float64
+
+
+class Cells(Protocol):
+    """Estimates and counts of one drafter, float64 [8 ranks, 8 depths, levels]; they stay where they are."""
+
+    said: Float64
+    new_tried: Float64
+    new_accepted: Float64
+
+    @property
+    def curve(self) -> Curve: ...  # noqa: D102
+
+
+class Chains(NamedTuple):
+    """Drafted chains of B requests: `token_ids_BD` int32, `scores_BD` float64 from 0 to 1, `lengths_B` int32."""
+
+    token_ids_BD: Int32
+    scores_BD: Float64
+    lengths_B: Int32
+
+
+class Asked(NamedTuple):
+    """Trees that B requests want.
+
+    `slots_B` tells them apart between calls, `new_ids` are the tokens that their texts went on with since the last one,
+    those of request b ending before `new_ends_B[b]`. `draws_B` are `sampling.sample_rows` at the first drafted token.
+    A line of `limits_B4` is (which matrix, -1 for none; root token; nodes; depth). `scopes_B` uint64 says whose past
+    outputs a request may find.
+    """
+
+    slots_B: Int32
+    new_ids: Int32
+    new_ends_B: Int32
+    draws_B: SampleRows
+    limits_B4: Int32
+    scopes_B: NDArray[np.uint64]
+    chains: Chains
+
+
+class Price(NamedTuple):
+    """What nodes cost: `step_s[n]` seconds of the step with n of them, float64, and `draft_s` for drafting.
+
+    `num_choosing` requests get a token in any case. Growth stops at paths that survive less often than `min_survival`.
+    Without a choice (`is_budgeted` False) all nodes are taken.
+    """
+
+    step_s: Float64
+    draft_s: float
+    num_choosing: int
+    min_survival: float = 0.0
+    is_budgeted: bool = True
+
+
+class Merged(NamedTuple):
+    """The chosen trees, one behind the other: that of request b ends before `ends_B[b]`; parents within the tree or -1.
+
+    `expected_tokens` of the step; `gain` is its tokens a second, drafting included, over those of a step without nodes.
+    """
+
+    token_ids_X: Int32
+    parents_X: Int32
+    ends_B: Int32
+    expected_tokens: float
+    gain: float
+
+
+_ADDRESS, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int32, ctypes.c_double
+
+_NUMBERS = (
+    "num_requests",
+    "num_choosing",
+    "num_matrices",
+    "id_bytes",
+    "vocab_size",
+    "chain_width",
+    "max_step_nodes",
+    "is_budgeted",
+    "drafters",
+)
+_ADDRESSES = (
+    "slots",
+    "draws",
+    "limits",
+    "scopes",
+    "new_tokens",
+    "new_ends",
+    "chain_tokens",
+    "chain_lengths",
+    "chain_scores",
+    "matrix_ids",
+    "matrix_logprobs",
+    "rule",
+    "cells",
+    "step_s",
+    "tokens",
+    "parents",
+    "ends",
+    "figures",
+)
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        *((name, _INT) for name in _NUMBERS),
+        ("draft_s", _DOUBLE),
+        ("min_survival", _DOUBLE),
+        *((name, _ADDRESS) for name in _ADDRESSES),
+    ]
+
+
+class _Cells(ctypes.Structure):
+    _fields_ = [
+        *((name, _ADDRESS) for name in ("survivals", "tried", "accepted", "curve")),
+        ("num_levels", ctypes.c_int64),
+    ]
+
+
+class Merger:
+    """Grows trees for the requests in `num_slots` slots, of at most `max_nodes` nodes each; for one thread at a time.
+
+    `greedy` and `sampled` are the cells of every drafter, in the order of DRAFTERS, for requests at temperature 0 and
+    above. `pool_tokens` of past outputs are kept. Look-ups take part if `drafters` names them. The compiled kernels
+    must be available.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        max_nodes: int,
+        vocab_size: int,
+        pool_tokens: int,
+        greedy: Sequence[Cells],
+        sampled: Sequence[Cells],
+        rule: GrowthRule,
+        drafters: Collection[str] = DRAFTERS,
+    ) -> None:
+        self._handle = self._function("merger_new", _ADDRESS)(_INT(num_slots), ctypes.c_int64(pool_tokens))
+        weakref.finalize(self, self._function("merger_free"), _ADDRESS(self._handle))
+        self._grow = self._function("merger_grow", _INT)
+        self._judge = self._function("merger_judge", ctypes.c_int64)
+        self._release = self._function("merger_release")
+        self._keep = self._function("merger_keep")
+        self._vocab_size = vocab_size
+        self._tokens, self._parents = np.empty((2, max(num_slots * max_nodes, 1)), np.int32)
+        self._ends = np.empty(num_slots, np.int32)
+        self._figures = np.zeros(3)
+        self._kept_alive = (*greedy, *sampled)
+        self._cells = (_Cells * len(self._kept_alive))(*(_addresses_of(cells) for cells in self._kept_alive))
+        self._rule = (_DOUBLE * (len(rule) - 1 + WIDTH))(*rule[:-1], *rule.rank_probs)
+        self._plan = _Plan(
+            vocab_size=vocab_size,
+            drafters=sum(1 << place for place, name in enumerate(DRAFTERS) if name in drafters),
+            rule=ctypes.addressof(self._rule),
+            cells=ctypes.addressof(self._cells),
+            tokens=self._tokens.ctypes.data,
+            parents=self._parents.ctypes.data,
+            ends=self._ends.ctypes.data,
+            figures=self._figures.ctypes.data,
+        )
+
+    def _function(self, name: str, result: Any = None) -> Callable[..., Any]:
+        found = function(name, instruction_set())
+        found.restype = result
+        return found  # type: ignore[no-any-return]
+
+    def grow(self, asked: Asked, matrices: Sequence[Adjacency], price: Price) -> Merged:
+        """A tree for each request; what it returns is overwritten by the next call.
+
+        Raises ValueError for a root that is no token of the vocabulary.
+        """
+        plan, chains = self._plan, asked.chains
+        plan.num_requests, plan.num_choosing = len(asked.slots_B), price.num_choosing
+        plan.num_matrices = len(matrices)
+        plan.id_bytes = matrices[0].ids_VN.itemsize if matrices else 0
+        plan.chain_width = chains.token_ids_BD.shape[1]
+        plan.max_step_nodes, plan.is_budgeted = len(price.step_s) - 1, price.is_budgeted
+        plan.draft_s, plan.min_survival = price.draft_s, price.min_survival
+        plan.slots, plan.draws = asked.slots_B.ctypes.data, asked.draws_B.ctypes.data
+        plan.limits, plan.scopes = asked.limits_B4.ctypes.data, asked.scopes_B.ctypes.data
+        plan.new_tokens, plan.new_ends = asked.new_ids.ctypes.data, asked.new_ends_B.ctypes.data
+        plan.chain_tokens, plan.chain_lengths = chains.token_ids_BD.ctypes.data, chains.lengths_B.ctypes.data
+        plan.chain_scores = chains.scores_BD.ctypes.data
+        matrix_ids = (_ADDRESS * len(matrices))(*(one.ids_VN.ctypes.data for one in matrices))
+        matrix_logprobs = (_ADDRESS * len(matrices))(*(one.logprobs_VN.ctypes.data for one in matrices))
+        plan.matrix_ids, plan.matrix_logprobs = ctypes.addressof(matrix_ids), ctypes.addressof(matrix_logprobs)
+        plan.step_s = price.step_s.ctypes.data
+        bad_request = self._grow(_ADDRESS(self._handle), ctypes.byref(plan))
+        if bad_request >= 0:
+            raise ValueError(
+                f"(matrix, root, nodes, depth) is {asked.limits_B4[bad_request].tolist()}; expected one of "
+                f"{len(matrices)} matrices or -1, and a token of 0..{self._vocab_size - 1}"
+            )
+        num_requests = len(asked.slots_B)
+        end = int(self._ends[num_requests - 1]) if num_requests else 0
+        _, expected_tokens, gain = self._figures.tolist()
+        return Merged(self._tokens[:end], self._parents[:end], self._ends[:num_requests], expected_tokens, gain)
+
+    def judge(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> int:
+        """The requests in these slots went on with these tokens; returns how many candidates that judged.
+
+        The counts of cells are to be taken in by who owns them.
+        """
+        slots_B = np.array(slots, np.int32)
+        ids = np.array([token for one in token_ids for token in one], np.int32)
+        ends_B = np.cumsum([len(one) for one in token_ids], dtype=np.int32)
+        return self._judge(  # type: ignore[no-any-return]
+            _ADDRESS(self._handle),
+            ctypes.byref(self._cells),
+            _INT(len(slots_B)),
+            *(_ADDRESS(array.ctypes.data) for array in (slots_B, ids, ends_B)),
+        )
+
+    def release(self, slot: int) -> None:
+        """The request in this slot has left; its text is forgotten."""
+        self._release(_ADDRESS(self._handle), _INT(slot))
+
+    def keep(self, scope: int, token_ids: Sequence[int]) -> None:
+        """Keep an output for the look-ups of requests of this scope."""
+        ids = np.array(token_ids, np.int32)
+        self._keep(_ADDRESS(self._handle), ctypes.c_uint64(scope), _ADDRESS(ids.ctypes.data), _INT(len(ids)))
+
+
+def _addresses_of(cells: Cells) -> _Cells:
+    arrays = (cells.said, cells.new_tried, cells.new_accepted, cells.curve.sums)
+    for array in arrays:
+        assert array.flags.c_contiguous, array.shape
+    return _Cells(*(array.ctypes.data for array in arrays), cells.said.shape[2])

@@ -1,0 +1,340 @@
+"""One tree a request from several drafters, and the nodes that pay: what a replica drafts with.
+
+Every step: choose the mode (`modes`), draft chains with the draft model of each request's domain if the mode says so,
+grow one tree a request from chains, Token Recycling and look-ups, and take the nodes that give the most expected tokens
+a second (`slipstream_kernels.merging`, one compiled call). After every pass: take over what the target said into the
+Token Recycling matrix, count which candidates would have been accepted (`survival`), and what the step cost
+(`step_cost`). So what is drafted, by whom and how much of it follows the traffic; output does not depend on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from slipstream.drafting.chain import ChainDrafter
+from slipstream.drafting.drafter import DraftContext, Lesson, StepLoad
+from slipstream.drafting.modes import Mode, Modes
+from slipstream.drafting.recycling import RecyclingDrafter
+from slipstream.drafting.recycling_artifact import StoredMatrix
+from slipstream.drafting.step_cost import StepCost, distinct_experts
+from slipstream.drafting.survival import SurvivalModel
+from slipstream.drafting.tree import NO_DRAFT, DraftTree
+from slipstream.engine.sampling import draft_rows
+from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
+from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Int32, Merged, Merger, Price
+from slipstream_kernels.recycling import DEFAULT_RULE, WIDTH, Adjacency
+from slipstream_kernels.sampling import top_logprobs
+
+Source = Literal["chain", "recycling", "lookup", "pool"]
+
+ALL_SOURCES: tuple[Source, ...] = ("chain", "recycling", "lookup", "pool")
+
+_WINDOW_TRIALS = {"chain": 1_000, "lookup": 1_000, "pool": 1_000, "recycling": 8_000, "merged": 8_000}
+_MATCHING = ("lookup", "pool")
+
+_JUDGED_AT_ONCE = 128
+"""Candidates judged before estimates are looked at again."""
+
+_STEPS_BETWEEN_COSTS = 4
+"""One in so many steps corrects the prediction of what steps cost, and, while speculation is off, the matrix."""
+
+_DRAFT_TIME_SHARE = 0.1
+"""What the newest drafting time counts for."""
+
+
+class DraftingOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Which drafters take part, and what they may cost.
+
+    `fixed_nodes` 0 leaves the number of nodes to the budget; n drafts up to n nodes a request in every step, whatever
+    they cost. `pool_tokens` of past outputs are kept for look-ups. `max_tenants` gives so many tenants a Token
+    Recycling matrix of their own, None one for all.
+    """
+
+    sources: tuple[Source, ...] = ALL_SOURCES
+    fixed_nodes: int = 0
+    max_chain_tokens: int = 8
+    pool_tokens: int = 65_536
+    max_tenants: int | None = None
+
+
+class MergedDrafter:
+    """Drafts with everything it has, within a budget; called by the engine's thread alone.
+
+    `install_chain` and `install_matrix` replace a draft model or the matrix between two steps.
+    """
+
+    def __init__(
+        self,
+        options: DraftingOptions,
+        *,
+        vocab_size: int,
+        num_slots: int,
+        max_nodes: int,
+        step_cost: StepCost | None,
+    ) -> None:
+        """`step_cost` is needed unless the number of nodes is fixed. The compiled kernels must be available."""
+        if step_cost is None and not options.fixed_nodes:
+            raise ValueError("no step_cost; the budget needs one unless fixed_nodes says how many nodes to draft")
+        self.options = options
+        self.step_cost = step_cost
+        self.modes = Modes()
+        self.greedy, self.sampled = _survival_model(), _survival_model()
+        self._vocab_size = vocab_size
+        self._chains: dict[str, ChainDrafter] = {}
+        self._recycling = RecyclingDrafter(vocab_size, max_tenants=options.max_tenants)
+        self._merger = Merger(
+            num_slots=num_slots,
+            max_nodes=max_nodes,
+            vocab_size=vocab_size,
+            pool_tokens=options.pool_tokens if "pool" in options.sources else 0,
+            greedy=[self.greedy.cells(name) for name in DRAFTERS],
+            sampled=[self.sampled.cells(name) for name in DRAFTERS],
+            rule=DEFAULT_RULE,
+            drafters=options.sources,
+        )
+        self._num_known = [0] * num_slots
+        self._mode = Mode.OFF
+        self._load = StepLoad(0, 0, 0.0)
+        self._draft_s: dict[tuple[Mode, int], float] = {}
+        self._num_steps = 0
+        self._num_judged = 0
+
+    @property
+    def version(self) -> int:
+        """The draft version of the default domain; 0 without one."""
+        chain = self._chains.get(DEFAULT_DOMAIN)
+        return chain.version if chain else NO_VERSION
+
+    @property
+    def digest(self) -> str:
+        """The digest of that version; empty without one."""
+        chain = self._chains.get(DEFAULT_DOMAIN)
+        return chain.digest if chain else ""
+
+    @property
+    def chains(self) -> dict[str, ChainDrafter]:
+        """The draft models by domain."""
+        return self._chains
+
+    @property
+    def recycling(self) -> RecyclingDrafter:
+        """The Token Recycling matrix."""
+        return self._recycling
+
+    def calibration_error(self) -> float:
+        """Mean of |predicted - real| survival over the nodes judged so far."""
+        curves = [model.calibration_curve("merged").sums for model in (self.greedy, self.sampled)]
+        counts, predicted, accepted = np.hstack(curves)
+        return float(np.abs(predicted - accepted).sum() / counts.sum()) if counts.sum() else 0.0
+
+    def install_chain(self, domain: str, chain: ChainDrafter | None) -> None:
+        """Draft for requests of a domain with this model; those of a domain without one get that of the default."""
+        if chain is None:
+            self._chains.pop(domain, None)
+        else:
+            self._chains[domain] = chain
+        for model in (self.greedy, self.sampled):
+            model.forget("chain")
+        self.modes.forget(Mode.CHAIN)
+
+    def install_matrix(self, matrix: StoredMatrix, *, version: int) -> None:
+        """Begin anew with this matrix."""
+        self._recycling = RecyclingDrafter(
+            self._vocab_size, start=matrix, version=version, max_tenants=self.options.max_tenants
+        )
+
+    def expect(self, load: StepLoad) -> None:
+        """What the coming pass is without drafts; to be told before `propose`."""
+        self._load = load
+        self._mode = Mode.OFF
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
+        """One tree per context, in order; NO_DRAFT where nothing is worth its cost."""
+        load = self._load
+        has_chain = "chain" in self.options.sources and any(self._chain_of(one.domain) for one in contexts)
+        has_floor = self.options.sources != ("chain",)
+        if self.options.fixed_nodes:
+            mode = Mode.CHAIN if has_chain else Mode.FLOOR
+        else:
+            mode = self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
+        self._mode = mode
+        if mode is Mode.OFF:
+            return [NO_DRAFT] * len(contexts)
+        started = time.perf_counter()
+        key = mode, len(contexts).bit_length()
+        price = self._price(contexts, load, draft_s=self._draft_s.get(key, 0.0))
+        chains, versions = self._draft_chains(contexts, price, is_wanted=mode is Mode.CHAIN)
+        matrices, limits_B4 = self._limits(contexts)
+        merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
+        if mode is not Mode.CHAIN or chains.lengths_B.any():
+            self.modes.note(mode, merged.gain, num_requests=load.num_choosing)
+        trees = _trees(merged, versions)
+        spent_s = time.perf_counter() - started
+        self._draft_s[key] = spent_s + (1 - _DRAFT_TIME_SHARE) * (self._draft_s.get(key, spent_s) - spent_s)
+        return trees
+
+    def learn(self, lesson: Lesson) -> None:
+        """Take over what the target said, judge what was proposed, and correct what steps cost."""
+        self._num_steps += 1
+        is_nth = self._num_steps % _STEPS_BETWEEN_COSTS == 0
+        if is_nth and self.step_cost is not None and self._load.num_rows == self._load.num_choosing:
+            self.step_cost.observe(
+                num_rows=lesson.num_rows,
+                context_tokens=self._load.context_tokens,
+                seconds=lesson.seconds,
+                num_experts=distinct_experts(lesson.expert_ids_TLK),
+            )
+        if "recycling" in self.options.sources and (is_nth or self._mode is not Mode.OFF):
+            self._recycle(lesson)
+        if self._mode is not Mode.OFF:
+            self._judge(lesson)
+        for request in lesson.requests if "pool" in self.options.sources else ():
+            if request.output_ids is not None:
+                self._merger.keep(_scope(request.tenant), request.output_ids)
+
+    def committed(self, slot: int, *, num_tokens: int) -> None:
+        """Draft models drop what was proposed beyond these tokens."""
+        for chain in self._chains.values():
+            chain.committed(slot, num_tokens=num_tokens)
+
+    def release(self, slot: int) -> None:
+        """The sequence in this slot has left."""
+        self._merger.release(slot)
+        self._num_known[slot] = 0
+        for chain in self._chains.values():
+            chain.release(slot)
+
+    def _chain_of(self, domain: str) -> ChainDrafter | None:
+        return self._chains.get(domain) or self._chains.get(DEFAULT_DOMAIN)
+
+    def _price(self, contexts: Sequence[DraftContext], load: StepLoad, *, draft_s: float) -> Price:
+        if self.step_cost is None or self.options.fixed_nodes:
+            max_nodes = sum(self._max_nodes(one) for one in contexts)
+            return Price(np.ones(max_nodes + 1), 0.0, load.num_choosing, is_budgeted=False)
+        step_s = self.step_cost.over_nodes(
+            num_rows=load.num_rows,
+            max_nodes=sum(self._max_nodes(one) for one in contexts),
+            context_tokens=load.context_tokens,
+        )
+        # Nodes that survive less often than this never pay, whatever their number.
+        cheapest_s = ((step_s[1:] - step_s[0]) / np.arange(1, len(step_s))).min()
+        min_survival = max(float(cheapest_s / step_s[0]) * load.num_choosing, 0.0)
+        return Price(step_s, draft_s, load.num_choosing, min_survival=min(min_survival, 0.9))
+
+    def _draft_chains(
+        self, contexts: Sequence[DraftContext], price: Price, *, is_wanted: bool
+    ) -> tuple[Chains, list[int]]:
+        """The chains of all contexts, and the version that drafted each."""
+        width = self.options.max_chain_tokens
+        number = len(contexts)
+        chains = Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
+        versions = [NO_VERSION] * number
+        rows_of: dict[str, list[int]] = {}
+        for row, context in enumerate(contexts if is_wanted else ()):
+            if self._chain_of(context.domain):
+                domain = context.domain if context.domain in self._chains else DEFAULT_DOMAIN
+                rows_of.setdefault(domain, []).append(row)
+        for domain, rows in rows_of.items():
+            drafter = self._chains[domain]
+            drafted = drafter.draft(
+                [contexts[row] for row in rows],
+                max_tokens=min(width, self.options.fixed_nodes or width),
+                min_path=price.min_survival,
+            )
+            drafted_width = drafted.token_ids_BD.shape[1]
+            chains.token_ids_BD[rows, :drafted_width] = drafted.token_ids_BD
+            chains.scores_BD[rows, :drafted_width] = drafted.scores_BD
+            chains.lengths_B[rows] = drafted.lengths_B
+            for row in rows:
+                versions[row] = drafter.version
+        return chains, versions
+
+    def _limits(self, contexts: Sequence[DraftContext]) -> tuple[list[Adjacency], Int32]:
+        """The matrices, and a line per context: which of them, its last token, and how large its tree may be."""
+        if "recycling" in self.options.sources:
+            matrices, places = self._recycling.matrices_of([one.tenant for one in contexts])
+        else:
+            matrices, places = [], [_NO_MATRIX] * len(contexts)
+        lines = [
+            (place, one.token_ids[-1], self._max_nodes(one), one.max_depth)
+            for place, one in zip(places, contexts, strict=True)
+        ]
+        return matrices, np.array(lines, np.int32)
+
+    def _max_nodes(self, context: DraftContext) -> int:
+        return min(context.max_nodes, self.options.fixed_nodes or context.max_nodes)
+
+    def _asked(self, contexts: Sequence[DraftContext], chains: Chains, limits_B4: Int32) -> Asked:
+        new_ids: list[int] = []
+        ends: list[int] = []
+        for one in contexts:
+            new_ids += one.token_ids[self._num_known[one.slot] :]
+            ends.append(len(new_ids))
+            self._num_known[one.slot] = len(one.token_ids)
+        return Asked(
+            np.array([one.slot for one in contexts], np.int32),
+            np.array(new_ids, np.int32),
+            np.array(ends, np.int32),
+            draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts]),
+            limits_B4,
+            np.array([_scope(one.tenant) for one in contexts], np.uint64),
+            chains,
+        )
+
+    def _recycle(self, lesson: Lesson) -> None:
+        number = len(lesson.row_ids_X)
+        said = top_logprobs(lesson.logits_XV, range(number), [0] * number, num_top=min(WIDTH, self._vocab_size))
+        ids_XN, logprobs_XN = said.top_ids_GN.cpu().numpy(), said.top_logprobs_GN.cpu().numpy()
+        if self.options.max_tenants is None:
+            self._recycling.observe(lesson.row_ids_X, ids_XN, logprobs_XN)
+            return
+        tenants_X = np.array(lesson.tenants_X)
+        for tenant in dict.fromkeys(lesson.tenants_X):
+            rows = np.flatnonzero(tenants_X == tenant)
+            self._recycling.observe(lesson.row_ids_X[rows], ids_XN[rows], logprobs_XN[rows], tenant=tenant)
+
+    def _judge(self, lesson: Lesson) -> None:
+        requests = lesson.requests
+        self._num_judged += self._merger.judge([one.slot for one in requests], [one.kept_ids for one in requests])
+        if self._num_judged < _JUDGED_AT_ONCE:
+            return
+        self._num_judged = 0
+        for model in (self.greedy, self.sampled):
+            for name in DRAFTERS:
+                model.cells(name).refit_if_due()
+
+
+_NO_MATRIX = -1
+
+
+def _survival_model() -> SurvivalModel:
+    return SurvivalModel(
+        matching={name: trials for name, trials in _WINDOW_TRIALS.items() if name in _MATCHING},
+        scoring={name: trials for name, trials in _WINDOW_TRIALS.items() if name not in _MATCHING},
+    )
+
+
+def _trees(merged: Merged, versions: Sequence[int]) -> list[DraftTree]:
+    tokens, parents, ends = merged.token_ids_X.tolist(), merged.parents_X.tolist(), merged.ends_B.tolist()
+    return [
+        DraftTree(
+            token_ids=tuple(tokens[start:end]), parents=tuple(parents[start:end]), drafter="merged", version=version
+        )
+        if start < end
+        else NO_DRAFT
+        for (start, end), version in zip(pairwise([0, *ends]), versions, strict=True)
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _scope(tenant: str) -> int:
+    """A number for a tenant that no other one has."""
+    return int.from_bytes(hashlib.blake2b(tenant.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,41 @@
+"""Drafters for an engine: sized by its limits, checked and warm before they are used."""
+
+from __future__ import annotations
+
+from slipstream.drafting.chain import ChainDrafter
+from slipstream.drafting.merge import DraftingOptions, MergedDrafter
+from slipstream.engine.plan import PagedDecoder
+from slipstream.engine.probing import open_step_cost
+from slipstream.engine.scheduler import EngineLimits
+from slipstream.errors import ArtifactRejected
+from slipstream.models.checkpoint import Checkpoint
+
+
+def open_chain(
+    draft: Checkpoint, *, version: int, limits: EngineLimits, max_context_tokens: int, device: str
+) -> ChainDrafter:
+    """A draft model, loaded and run once; raises ArtifactRejected if it cannot run."""
+    try:
+        drafter = ChainDrafter(
+            draft,
+            version=version,
+            num_slots=limits.max_running_requests,
+            max_context_tokens=max_context_tokens,
+            max_catch_up_tokens=limits.max_step_tokens,
+            device=device,
+        )
+        drafter.warm()
+    except (RuntimeError, MemoryError, IndexError, ValueError) as error:
+        raise ArtifactRejected(f"draft version {version} cannot run: {error}", reason="format") from error
+    return drafter
+
+
+def open_merged(options: DraftingOptions, target: PagedDecoder, limits: EngineLimits) -> MergedDrafter:
+    """All drafters of a target that serves nobody yet; measures what its steps cost if a budget needs to know."""
+    return MergedDrafter(
+        options,
+        vocab_size=target.config.vocab_size,
+        num_slots=limits.max_running_requests,
+        max_nodes=limits.num_draft_tokens,
+        step_cost=None if options.fixed_nodes else open_step_cost(target, limits),
+    )

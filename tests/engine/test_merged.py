@@ -1,0 +1,212 @@
+"""The merged drafter in the engine: output never depends on it, and what it learns it learns from real passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from conftest import LIMITS, Run, Served, request_for, serve
+from numpy.typing import NDArray
+
+from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, MergedDrafter, Source
+from slipstream.drafting.modes import Mode
+from slipstream.drafting.recycling_artifact import load_matrix
+from slipstream.engine.engine import Engine
+from slipstream.engine.request import TokenBlock
+from slipstream.errors import ArtifactRejected
+from slipstream.models.checkpoint import Checkpoint
+from slipstream.telemetry import ReplicaMetrics
+
+Prompts = list[tuple[int, ...]]
+
+pytestmark = pytest.mark.usefixtures("exact_kernels")
+
+SIZES = msgspec.structs.replace(LIMITS, num_draft_tokens=8)
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.6, 1.0], ids=["greedy", "cooled", "sampled"])
+def plain(request: pytest.FixtureRequest, target: Checkpoint, prompts: Prompts) -> tuple[float, Run]:
+    """Without drafts, at a temperature."""
+    temperature: float = request.param
+    return temperature, serve(target, prompts[::4], Served(temperature=temperature, limits=SIZES))
+
+
+def merged_of(engine: Engine) -> MergedDrafter:
+    drafter = engine.drafter
+    assert isinstance(drafter, MergedDrafter)
+    return drafter
+
+
+@pytest.mark.parametrize("running", [1, 12])
+@pytest.mark.parametrize(
+    ("sources", "fixed_nodes"),
+    [
+        (ALL_SOURCES, 0),
+        (ALL_SOURCES, 8),
+        (("chain",), 4),
+        (("recycling",), 8),
+        (("lookup",), 8),
+        (("pool", "lookup"), 3),
+        (("recycling", "lookup", "pool"), 0),
+    ],
+)
+def test_no_choice_of_drafters_changes_a_token(
+    target: Checkpoint,
+    sibling: Checkpoint,
+    prompts: Prompts,
+    plain: tuple[float, Run],
+    sources: tuple[Source, ...],
+    fixed_nodes: int,
+    running: int,
+) -> None:
+    temperature, expected = plain
+    sizes = msgspec.structs.replace(SIZES, max_running_requests=running)
+    options = DraftingOptions(sources=sources, fixed_nodes=fixed_nodes)
+    served = Served(temperature=temperature, limits=sizes, drafting=options, draft=sibling)
+    run = serve(target, prompts[::4], served)
+    assert run.outputs == expected.outputs
+    assert run.num_free_blocks == expected.num_free_blocks
+    if fixed_nodes:
+        assert run.metric("draft_tokens_total", domain="math") > 0
+        assert run.metric("accepted_tokens_total", domain="math") > 0
+
+
+def test_swaps_of_drafts_and_matrices_change_no_token(
+    target: Checkpoint,
+    sibling: Checkpoint,
+    general: Checkpoint,
+    prompts: Prompts,
+    plain: tuple[float, Run],
+    tmp_path: Path,
+) -> None:
+    temperature, expected = plain
+    installed: list[str] = []
+
+    def swap(engine: Engine, step: int) -> None:
+        if step == 6:
+            digest = merged_of(engine).recycling.snapshot(tmp_path)
+            installed.append(digest)
+        if step in (8, 16):
+            engine.install_draft(general if step == 8 else None, version=step)
+            engine.install_draft(sibling, version=step + 1, domain="math")
+            matrix = load_matrix(tmp_path, vocab_size=engine.vocab_size, digest=installed[0])
+            engine.install_matrix(matrix, version=step + 2)
+
+    options = DraftingOptions(fixed_nodes=6)
+    served = Served(temperature=temperature, limits=SIZES, drafting=options, draft=sibling)
+    run = serve(target, prompts[::4], served, swap)
+    assert run.outputs == expected.outputs
+    versions = {block.draft_version for blocks in run.blocks for block in blocks}
+    assert versions >= {0, 1, 9, 17}
+
+
+def test_a_domain_gets_its_own_draft_and_the_others_that_of_the_default(
+    target: Checkpoint, sibling: Checkpoint, general: Checkpoint, prompts: Prompts
+) -> None:
+    engine = _engine(target, DraftingOptions(sources=("chain",), fixed_nodes=3))
+    engine.install_draft(general, version=1)
+    engine.install_draft(sibling, version=2, domain="math")
+    versions: dict[str, set[int]] = {"math": set(), "other": set()}
+    for index, domain in enumerate(("math", "other")):
+        request = request_for(index, prompts[index], Served())
+        request = msgspec.structs.replace(request, domain=domain, request_id=domain)
+        engine.submit(request, lambda block: versions[block.request_id].add(block.draft_version))
+    while engine.step():
+        pass
+    assert versions == {"math": {0, 2}, "other": {0, 1}}
+    with pytest.raises(ArtifactRejected, match="one draft for all"):
+        _engine(target, None).install_draft(sibling, version=2, domain="math")
+
+
+def test_repetition_is_learned_and_drafted_without_any_draft_model(target: Checkpoint, prompts: Prompts) -> None:
+    engine = _engine(target, DraftingOptions(fixed_nodes=4))
+    again = [prompts[3]] * 3
+    rates = []
+    for index, prompt in enumerate(again):
+        blocks: list[TokenBlock] = []
+        engine.submit(request_for(index, prompt, Served()), blocks.append)
+        while engine.step():
+            pass
+        rates.append(sum(len(block.token_ids) for block in blocks) / len(blocks))
+    assert rates[0] < rates[2], "the pool knows the answer by now"
+    assert rates[2] > 3.0
+
+
+def test_estimates_come_to_say_what_happens(target: Checkpoint, sibling: Checkpoint, prompts: Prompts) -> None:
+    engines: list[Engine] = []
+    options = DraftingOptions(fixed_nodes=8)
+    served = Served(limits=SIZES, drafting=options, draft=sibling, max_tokens=64)
+    serve(target, prompts, served, lambda engine, _: engines.append(engine))
+    drafter = merged_of(engines[-1])
+    cells = drafter.greedy.cells("merged")
+    assert cells.curve.sums[0].sum() > 10_000
+    assert drafter.calibration_error() <= 0.05
+    assert float(cells.said[5, 1, 1]) < 0.1 < 0.7 < float(cells.said[0, 1, -1])
+
+
+class FixedCost:
+    """What steps cost, as told instead of measured."""
+
+    mean_error_ratio = 0.0
+
+    def __init__(self, per_node: float) -> None:
+        self._per_node = per_node
+
+    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> NDArray[np.float64]:
+        return 1.0 + self._per_node * np.arange(max_nodes + 1.0)
+
+    def observe(self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("per_node", "is_off"), [(1.5, True), (0.01, False)])
+def test_speculation_is_off_where_nodes_cost_more_than_they_bring(
+    target: Checkpoint, sibling: Checkpoint, prompts: Prompts, per_node: float, is_off: bool
+) -> None:
+    engine = _engine(target, DraftingOptions())
+    drafter = merged_of(engine)
+    drafter.step_cost = FixedCost(per_node)  # type: ignore[assignment]
+    engine.install_draft(sibling, version=1)
+    for index, prompt in enumerate(prompts[:4] * 3):
+        engine.submit(request_for(index, prompt, Served(max_tokens=64)), lambda _: None)
+    while engine.step():
+        pass
+    counts = drafter.modes.counts
+    assert (counts[Mode.OFF] > 0.5 * counts.total()) == is_off
+    assert (counts[Mode.CHAIN] > 0.5 * counts.total()) == (not is_off)
+
+
+def test_what_a_tenant_wrote_is_found_by_that_tenant_alone(target: Checkpoint, prompts: Prompts) -> None:
+    engine = _engine(target, DraftingOptions(sources=("pool",), fixed_nodes=4))
+    accepted: dict[str, int] = {}
+    for index, tenant in enumerate(("writer", "writer", "reader")):
+        request = msgspec.structs.replace(
+            request_for(index, prompts[3], Served()), tenant=tenant, request_id=f"{tenant}-{index}"
+        )
+        blocks: list[TokenBlock] = []
+        engine.submit(request, blocks.append)
+        while engine.step():
+            pass
+        accepted[request.request_id] = sum(block.num_accepted for block in blocks)
+    assert accepted["writer-1"] > 10
+    assert accepted["writer-0"] == accepted["reader-2"] == 0
+
+
+def test_a_budget_needs_to_know_what_steps_cost() -> None:
+    with pytest.raises(ValueError, match="the budget needs one"):
+        MergedDrafter(DraftingOptions(), vocab_size=8, num_slots=1, max_nodes=4, step_cost=None)
+
+
+def _engine(target: Checkpoint, options: DraftingOptions | None) -> Engine:
+    return Engine(
+        target,
+        limits=SIZES,
+        target_digest=target.digest,
+        replica_id="replica-1",
+        top_n=4,
+        observe=lambda _: None,
+        metrics=ReplicaMetrics(),
+        drafting=options,
+    )

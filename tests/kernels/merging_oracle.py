@@ -1,0 +1,132 @@
+"""Merged growth in plain Python, node by node: what the compiled one is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slipstream.drafting.survival import NodeFeatures, SurvivalModel
+from slipstream_kernels.recycling import DEFAULT_RULE, Adjacency, candidates_reference
+
+MATCHING = ("lookup", "pool")
+
+
+class Continued(NamedTuple):
+    """What a look-up found: the tokens that follow, going round if it is a loop."""
+
+    drafter: str
+    token_ids: Sequence[int]
+    is_loop: bool
+    match_length: int
+
+    def token(self, depth: int) -> int | None:
+        """The token behind `depth` tokens."""
+        if self.is_loop:
+            return self.token_ids[depth % len(self.token_ids)]
+        return self.token_ids[depth] if depth < len(self.token_ids) else None
+
+
+class Proposed(NamedTuple):
+    """A drafter's candidate behind a node."""
+
+    drafter: str
+    token: int
+    rank: int
+    depth: int
+    score: float
+    match_length: int
+
+
+class Node(NamedTuple):
+    """A node of the grown tree; `path` are the tokens down to it."""
+
+    path: tuple[int, ...]
+    parent: int
+    survival: float
+
+
+class Request(NamedTuple):
+    """What one tree is grown from."""
+
+    root: int
+    chain: Sequence[tuple[int, float]]
+    continued: Sequence[Continued]
+    matrix: Adjacency | None
+    draw: Any
+    max_nodes: int
+    max_depth: int
+
+
+def survival_of(model: SurvivalModel, one: Proposed) -> float:
+    """What the model says of a candidate."""
+    features = NodeFeatures(*(np.array([number], np.int32) for number in (one.rank, one.depth, one.match_length)))
+    if one.drafter in MATCHING:
+        return float(model.forecast(one.drafter, features)[0])
+    return float(model.read(one.drafter, features, np.array([one.score]))[0])
+
+
+def proposals(request: Request, path: tuple[int, ...]) -> list[Proposed]:
+    """All candidates behind a path, drafter by drafter."""
+    depth = len(path)
+    found: list[Proposed] = []
+    drafted = tuple(token for token, _ in request.chain)
+    if depth < len(drafted) and drafted[:depth] == path:
+        token, score = request.chain[depth]
+        found.append(Proposed("chain", token, 0, depth + 1, score, 0))
+    for drafter in MATCHING:
+        seen: list[int] = []
+        for one in request.continued:
+            agrees = one.drafter == drafter and all(one.token(at) == token for at, token in enumerate(path))
+            token = one.token(depth) if agrees else None
+            if token is not None and token not in seen:
+                found.append(Proposed(drafter, token, len(seen), depth + 1, 0.0, one.match_length))
+                seen.append(token)
+    if request.matrix is not None:
+        last = path[-1] if path else request.root
+        candidates = candidates_reference(request.matrix, request.draw, DEFAULT_RULE, last, depth, 0.0)
+        ordered = sorted((pair for pair in candidates if pair[1] > -np.inf), key=lambda pair: -pair[1])
+        found += [
+            Proposed("recycling", token, rank, depth + 1, float(np.exp(score)), 0)
+            for rank, (token, score) in enumerate(ordered)
+        ]
+    return found
+
+
+def merged(model: SurvivalModel, found: Sequence[Proposed]) -> list[tuple[Proposed, float]]:
+    """The tokens proposed behind one node, as candidates of the drafter `merged`, with their survivals."""
+    missing: dict[int, float] = {}
+    for one in found:
+        missing[one.token] = missing.get(one.token, 1.0) * (1.0 - survival_of(model, one))
+    claimed = sum(1.0 - number for number in missing.values())
+    scale = 1.0 / claimed if claimed > 1.0 else 1.0
+    ordered = sorted(missing.items(), key=lambda pair: pair[1])
+    depth = found[0].depth if found else 0
+    together = [
+        Proposed("merged", token, rank, depth, (1.0 - number) * scale, 0)
+        for rank, (token, number) in enumerate(ordered)
+    ]
+    return [(one, survival_of(model, one)) for one in together]
+
+
+def grown(model: SurvivalModel, request: Request, *, min_survival: float = 0.0) -> list[Node]:
+    """The nodes in the order in which they join the tree."""
+    nodes: list[Node] = []
+    open_nodes: list[tuple[float, int, Node]] = []
+    num_found = 0
+    newest = Node((), -1, 1.0)
+    while True:
+        if len(newest.path) < request.max_depth:
+            for one, survival in merged(model, proposals(request, newest.path)):
+                num_found += 1
+                node = Node((*newest.path, one.token), len(nodes) - 1, newest.survival * survival)
+                open_nodes.append((-node.survival, num_found, node))
+        if not open_nodes or len(nodes) == request.max_nodes:
+            return nodes
+        best = min(open_nodes)
+        open_nodes.remove(best)
+        newest = best[2]
+        if newest.survival < min_survival:
+            return nodes
+        nodes.append(newest)

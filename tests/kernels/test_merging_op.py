@@ -1,0 +1,227 @@
+"""Merged trees: grown, chosen and judged as the oracle does it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from slipstream.drafting.budget import DrawnNodes, choose_nodes
+from slipstream.drafting.recycling import RecyclingDrafter
+from slipstream.drafting.survival import SurvivalModel
+from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Merged, Merger, Price
+from slipstream_kernels.recycling import DEFAULT_RULE
+from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows
+from tests.kernels.merging_oracle import MATCHING, Continued, Request, grown, proposals
+from tests.unit.lookup_oracle import SuffixAutomaton
+
+VOCAB = 12
+NUM_REQUESTS = 3
+
+
+def model_of(rng: np.random.Generator) -> SurvivalModel:
+    """A survival model with estimates of chance, as after much evidence."""
+    windows = dict.fromkeys(DRAFTERS, 1_000)
+    model = SurvivalModel(
+        matching={name: windows[name] for name in MATCHING},
+        scoring={name: windows[name] for name in DRAFTERS if name not in MATCHING},
+    )
+    for name in DRAFTERS:
+        cells = model.cells(name)
+        cells.said[:] = rng.random(cells.said.shape)
+    return model
+
+
+class World:
+    """Requests with texts, chains and a matrix of chance, and a merger that knows them."""
+
+    def __init__(self, seed: int, *, temperature: float, max_nodes: int = 10, max_depth: int = 5) -> None:
+        rng = self.rng = np.random.default_rng(seed)
+        self.greedy, self.sampled = model_of(rng), model_of(rng)
+        self.model = self.sampled if temperature else self.greedy
+        self.max_nodes = max_nodes
+        recycling = RecyclingDrafter(VOCAB)
+        rows = rng.permutation(VOCAB)[: VOCAB - 2].astype(np.int32)
+        ids = np.array([rng.permutation(VOCAB)[:8] for _ in rows], np.int32)
+        recycling.observe(rows, ids, np.sort(-rng.exponential(2.0, ids.shape))[:, ::-1])
+        self.matrix = recycling.matrices_of([""])[0][0]
+        self.merger = Merger(
+            num_slots=NUM_REQUESTS,
+            max_nodes=max_nodes,
+            vocab_size=VOCAB,
+            pool_tokens=1_000,
+            greedy=[self.greedy.cells(name) for name in DRAFTERS],
+            sampled=[self.sampled.cells(name) for name in DRAFTERS],
+            rule=DEFAULT_RULE,
+        )
+        self.texts = [rng.integers(0, 4, 60).tolist() for _ in range(NUM_REQUESTS)]
+        self.draws = self._draws(temperature)
+        self.chains = [
+            list(zip(rng.integers(0, VOCAB, number).tolist(), rng.random(number).tolist(), strict=True))
+            for number in (3, 0, 4)
+        ]
+        self.limits = [(max_nodes, max_depth), (4, max_depth), (max_nodes, 2)]
+
+    def _draws(self, temperature: float) -> SampleRows:
+        rows = [row_bytes(seed=7 + request, temperature=temperature) for request in range(NUM_REQUESTS)]
+        return sample_rows(rows, [len(text) for text in self.texts])
+
+    def asked(self, *, num_known: int = 0) -> Asked:
+        """All requests, their texts new behind `num_known` tokens."""
+        chains = Chains(
+            np.zeros((NUM_REQUESTS, 4), np.int32), np.zeros((NUM_REQUESTS, 4)), np.zeros(NUM_REQUESTS, np.int32)
+        )
+        for request, chain in enumerate(self.chains):
+            chains.lengths_B[request] = len(chain)
+            for place, (token, score) in enumerate(chain):
+                chains.token_ids_BD[request, place], chains.scores_BD[request, place] = token, score
+        lines = [(0, text[-1], *limits) for text, limits in zip(self.texts, self.limits, strict=True)]
+        return Asked(
+            np.arange(NUM_REQUESTS, dtype=np.int32),
+            np.array([token for text in self.texts for token in text[num_known:]], np.int32),
+            np.cumsum([len(text) - num_known for text in self.texts], dtype=np.int32),
+            self.draws,
+            np.array(lines, np.int32),
+            np.zeros(NUM_REQUESTS, np.uint64),
+            chains,
+        )
+
+    def requests(self) -> list[Request]:
+        """The same for the oracle."""
+        return [
+            Request(text[-1], chain, continued(text), self.matrix, self.draws[place], *limits)
+            for place, (text, chain, limits) in enumerate(zip(self.texts, self.chains, self.limits, strict=True))
+        ]
+
+
+def continued(text: list[int]) -> list[Continued]:
+    """What the text's own past says of what follows."""
+    automaton = SuffixAutomaton()
+    automaton.extend(text)
+    found = automaton.continuations(max_tokens=20, max_continuations=4)
+    return [Continued("lookup", one.token_ids, False, one.match_length) for one in found]
+
+
+def trees(merged: Merged) -> list[list[tuple[int, ...]]]:
+    """The paths of every request's nodes, sorted."""
+    found = []
+    for start, end in pairwise([0, *merged.ends_B.tolist()]):
+        paths: list[tuple[int, ...]] = []
+        for token, parent in zip(merged.token_ids_X[start:end], merged.parents_X[start:end], strict=True):
+            assert -1 <= parent < len(paths)
+            paths.append((*(paths[parent] if parent >= 0 else ()), int(token)))
+        assert len(set(paths)) == len(paths)
+        found.append(sorted(paths))
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("seed", range(8))
+def test_trees_grow_as_the_definition_says(isa: str, seed: int, temperature: float) -> None:
+    world = World(seed, temperature=temperature)
+    everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS, is_budgeted=False)
+    merged = world.merger.grow(world.asked(), [world.matrix], everything)
+    expected = [sorted(node.path for node in grown(world.model, request)) for request in world.requests()]
+    assert trees(merged) == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_budget_takes_the_set_that_its_definition_takes(isa: str, seed: int) -> None:
+    world = World(seed, temperature=0.0)
+    step_s = 1.0 + np.cumsum(world.rng.exponential(0.15, 3 * world.max_nodes + 1))
+    merged = world.merger.grow(world.asked(), [world.matrix], Price(step_s, 0.1, NUM_REQUESTS))
+    nodes = [grown(world.model, request) for request in world.requests()]
+    starts = np.cumsum([0, *(len(some) for some in nodes)])
+    choice = choose_nodes(
+        DrawnNodes(
+            np.array([node.survival for some in nodes for node in some]),
+            np.array(
+                [
+                    node.parent + start if node.parent >= 0 else -1
+                    for start, some in zip(starts, nodes, strict=False)
+                    for node in some
+                ],
+                np.int32,
+            ),
+        ),
+        step_s,
+        num_requests=NUM_REQUESTS,
+        draft_s=0.1,
+        rule="equality",
+    )
+    chosen = [
+        sorted(node.path for place, node in enumerate(some) if choice.is_chosen_X[start + place])
+        for start, some in zip(starts, nodes, strict=False)
+    ]
+    assert trees(merged) == chosen
+    assert merged.expected_tokens == pytest.approx(choice.expected_tokens)
+    rate = choice.expected_tokens / (step_s[choice.num_chosen] + 0.1)
+    assert merged.gain == pytest.approx(rate / (NUM_REQUESTS / step_s[0]))
+
+
+def test_growth_stops_at_paths_that_survive_too_seldom(isa: str) -> None:
+    world = World(3, temperature=0.0)
+    price = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS, min_survival=0.85, is_budgeted=False)
+    merged = world.merger.grow(world.asked(), [world.matrix], price)
+    expected = [grown(world.model, request, min_survival=0.85) for request in world.requests()]
+    assert trees(merged) == [sorted(node.path for node in some) for some in expected]
+    assert 0 < len(merged.token_ids_X) < sum(len(grown(world.model, request)) for request in world.requests())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_candidate_along_the_path_taken_is_a_trial_verified_or_not(isa: str, temperature: float) -> None:
+    world = World(5, temperature=temperature)
+    nothing = Price(np.linspace(1.0, 99.0, 3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
+    merged = world.merger.grow(world.asked(), [world.matrix], nothing)
+    assert len(merged.token_ids_X) == 0
+    request = world.requests()[0]
+    first = grown(world.model, request)[0].path[0]
+    unknown = next(token for token in range(VOCAB) if token not in {one.token for one in proposals(request, (first,))})
+    tried = [*proposals(request, ()), *proposals(request, (first,))]
+    num_judged = world.merger.judge([0], [[first, unknown, 3]])
+    for name in ("chain", "lookup", "recycling"):
+        cells = world.model.cells(name)
+        assert cells.new_tried.sum() == sum(one.drafter == name for one in tried)
+        assert cells.new_accepted.sum() == sum(
+            one.drafter == name and one.token == first for one in proposals(request, ())
+        )
+        assert cells.curve.sums[0].sum() == cells.new_tried.sum()
+    num_merged = world.model.cells("merged").new_tried.sum()
+    assert num_judged == len(tried) + num_merged
+    assert world.merger.judge([0], [[first]]) == 0, "a tree is judged once"
+
+
+def test_texts_go_on_between_calls_and_begin_anew_after_release(isa: str) -> None:
+    everything = Price(np.ones(31), 0.0, NUM_REQUESTS, is_budgeted=False)
+    at_once, in_parts = World(6, temperature=0.0), World(6, temperature=0.0)
+    whole = trees(at_once.merger.grow(at_once.asked(), [at_once.matrix], everything))
+    texts = in_parts.texts
+    in_parts.texts = [text[:40] for text in texts]
+    in_parts.merger.grow(in_parts.asked(), [in_parts.matrix], everything)
+    in_parts.texts = texts
+    assert trees(in_parts.merger.grow(in_parts.asked(num_known=40), [in_parts.matrix], everything)) == whole
+    for slot in range(NUM_REQUESTS):
+        in_parts.merger.release(slot)
+    assert trees(in_parts.merger.grow(in_parts.asked(), [in_parts.matrix], everything)) == whole
+
+
+def test_a_kept_output_is_found_by_its_scope_alone(isa: str) -> None:
+    world = World(9, temperature=0.0)
+    world.chains = [[], [], []]
+    everything = Price(np.ones(31), 0.0, NUM_REQUESTS, is_budgeted=False)
+    world.texts = [[9, 8, 7, 6], [9, 8, 7, 6], [9, 8, 7, 6]]
+    world.merger.keep(5, [9, 8, 7, 6, 11, 10, 11])
+    asked = world.asked()._replace(scopes_B=np.array([5, 6, 5], np.uint64))
+    asked.limits_B4[:, 0] = -1
+    merged = trees(world.merger.grow(asked, [], everything))
+    assert merged == [[(11,), (11, 10), (11, 10, 11)], [], [(11,), (11, 10)]]
+
+
+@pytest.mark.parametrize(("matrix", "root"), [(1, 0), (0, VOCAB), (0, -1)])
+def test_a_request_without_a_root_or_matrix_is_refused(isa: str, matrix: int, root: int) -> None:
+    world = World(1, temperature=0.0)
+    asked = world.asked()
+    asked.limits_B4[1, :2] = matrix, root
+    with pytest.raises(ValueError, match=f"\\[{matrix}, {root}, 4, 5\\]; expected one of 1 matrices"):
+        world.merger.grow(asked, [world.matrix], Price(np.ones(31), 0.0, NUM_REQUESTS))
