@@ -126,12 +126,14 @@ def choose_reference(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
     """`choose` in plain torch: the definition."""
     if not rows_X["temperature"].any():
         return _without_nan(logits_XV).argmax(dim=-1).int()
-    return choose_on_device(
-        logits_XV,
-        device_rows(rows_X, logits_XV.device),
-        has_top_k=bool(rows_X["top_k"].any()),
-        has_shares=bool(((rows_X["top_p"] < 1) | (rows_X["min_p"] > 0)).any()),
-    )
+    has_top_k, has_shares = _filters_of(rows_X)
+    rows = device_rows(rows_X, logits_XV.device)
+    return choose_on_device(logits_XV, rows, has_top_k=has_top_k, has_shares=has_shares)
+
+
+def _filters_of(rows_X: SampleRows) -> tuple[bool, bool]:
+    """Whether any row asks for top-k, and for top-p or min-p."""
+    return bool(rows_X["top_k"].any()), bool(((rows_X["top_p"] < 1) | (rows_X["min_p"] > 0)).any())
 
 
 class DeviceRows(NamedTuple):
@@ -184,9 +186,11 @@ def probabilities(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
     logits_XV = _without_nan(logits_XV)
     rows = device_rows(rows_X, logits_XV.device)
     scaled_XV = _scaled(logits_XV, rows)
-    has_shares = bool(((rows_X["top_p"] < 1) | (rows_X["min_p"] > 0)).any())
-    is_kept_XV = _is_kept(logits_XV, scaled_XV, rows, has_top_k=bool(rows_X["top_k"].any()), has_shares=has_shares)
-    probs_XV = torch.where(is_kept_XV, scaled_XV, -torch.inf).softmax(dim=-1)
+    has_top_k, has_shares = _filters_of(rows_X)
+    if has_top_k or has_shares:
+        is_kept_XV = _is_kept(logits_XV, scaled_XV, rows, has_top_k=has_top_k, has_shares=has_shares)
+        scaled_XV = torch.where(is_kept_XV, scaled_XV, -torch.inf)
+    probs_XV = scaled_XV.softmax(dim=-1)
     if rows_X["temperature"].all():
         return probs_XV
     chosen_XV = torch.zeros_like(probs_XV).scatter(1, logits_XV.argmax(dim=-1, keepdim=True), 1.0)
