@@ -33,7 +33,7 @@ from torch import Tensor
 
 from slipstream_kernels.isa import function, instruction_set, is_available
 from slipstream_kernels.noise import WEIGHT_BITS, fixed_log, fixed_weights, philox
-from slipstream_kernels.sampling import SampleRows
+from slipstream_kernels.sampling import SampleRows, top_logprobs
 
 WIDTH = 8
 """Entries of a row."""
@@ -69,6 +69,7 @@ _TOKENS_PER_COUNTER = 4
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int32
 _ARGUMENTS = {
     "recycling_grow": (*[_ADDRESS] * 2, *[_INT] * 3, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 4),
+    "recycling_remember_logits": (_ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, ctypes.c_int64, _INT),
     "recycling_remember": (_ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT),
 }
 
@@ -161,6 +162,36 @@ def remember(
     )
     if bad_row >= 0:
         raise _no_token(matrix, [int(tokens_T[bad_row]), *ids_TN[bad_row].tolist()])
+
+
+def remember_logits(matrix: Adjacency, token_ids_T: NDArray[np.int32], logits_TV: Tensor) -> None:
+    """`remember` what fp32 logits say behind T tokens: their WIDTH most likely tokens and log-probabilities.
+
+    These are `sampling.top_logprobs` but for the last bit: the compiled kernel sums in single precision.
+    """
+    if not (is_available() and logits_TV.device.type == "cpu" and logits_TV.stride(1) == 1):
+        number = len(token_ids_T)
+        said = top_logprobs(logits_TV, range(number), [0] * number, num_top=min(WIDTH, logits_TV.shape[1]))
+        remember(matrix, token_ids_T, said.top_ids_GN.cpu().numpy(), said.top_logprobs_GN.cpu().numpy())
+        return
+    num_rows, vocab_size = logits_TV.shape
+    if len(token_ids_T) != num_rows or vocab_size != vocab_size_of(matrix):
+        raise ValueError(
+            f"{len(token_ids_T)} tokens, logits {tuple(logits_TV.shape)}; expected a row each, of "
+            f"{vocab_size_of(matrix)}"
+        )
+    tokens_T = np.ascontiguousarray(token_ids_T, np.int32)
+    bad_row = _compiled("recycling_remember_logits", instruction_set())(
+        *(array.ctypes.data for array in matrix),
+        matrix.ids_VN.itemsize,
+        vocab_size,
+        tokens_T.ctypes.data,
+        logits_TV.data_ptr(),
+        logits_TV.stride(0),
+        num_rows,
+    )
+    if bad_row >= 0:
+        raise _no_token(matrix, [int(tokens_T[bad_row])])
 
 
 def remember_reference(

@@ -30,8 +30,7 @@ from slipstream.drafting.tree import NO_DRAFT, DraftTree
 from slipstream.engine.sampling import draft_rows
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Int32, Merged, Merger, Price
-from slipstream_kernels.recycling import DEFAULT_RULE, WIDTH, Adjacency
-from slipstream_kernels.sampling import top_logprobs
+from slipstream_kernels.recycling import DEFAULT_RULE, Adjacency
 
 Source = Literal["chain", "recycling", "lookup", "pool"]
 
@@ -290,16 +289,13 @@ class MergedDrafter:
         )
 
     def _recycle(self, lesson: Lesson) -> None:
-        number = len(lesson.row_ids_X)
-        said = top_logprobs(lesson.logits_XV, range(number), [0] * number, num_top=min(WIDTH, self._vocab_size))
-        ids_XN, logprobs_XN = said.top_ids_GN.cpu().numpy(), said.top_logprobs_GN.cpu().numpy()
         if self.options.max_tenants is None:
-            self._recycling.observe(lesson.row_ids_X, ids_XN, logprobs_XN)
+            self._recycling.observe_logits(lesson.row_ids_X, lesson.logits_XV)
             return
         tenants_X = np.array(lesson.tenants_X)
         for tenant in dict.fromkeys(lesson.tenants_X):
             rows = np.flatnonzero(tenants_X == tenant)
-            self._recycling.observe(lesson.row_ids_X[rows], ids_XN[rows], logprobs_XN[rows], tenant=tenant)
+            self._recycling.observe_logits(lesson.row_ids_X[rows], lesson.logits_XV[rows], tenant=tenant)
 
     def _judge(self, lesson: Lesson) -> None:
         requests = lesson.requests

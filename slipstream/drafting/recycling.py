@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from slipstream.drafting.drafter import DraftContext
 from slipstream.drafting.recycling_artifact import StoredMatrix, save_matrix
@@ -36,6 +37,7 @@ from slipstream_kernels.recycling import (
     empty_adjacency,
     grow,
     remember,
+    remember_logits,
     vocab_size_of,
 )
 from slipstream_kernels.sampling import row_bytes, sample_rows
@@ -153,8 +155,12 @@ class RecyclingDrafter:
         difference. Raises ValueError, with nothing taken over, if anything is no token of the vocabulary.
         """
         with self._lock:  # a snapshot holds whole rows
-            matrix = self._first if self._max_tenants is None else self._own(tenant, num_kept=self._max_tenants)
-            remember(matrix, token_ids_T, top_ids_TN, top_logprobs_TN)
+            remember(self._to_write(tenant), token_ids_T, top_ids_TN, top_logprobs_TN)
+
+    def observe_logits(self, token_ids_T: NDArray[np.int32], logits_TV: Tensor, *, tenant: str = "") -> None:
+        """`observe` what the target's own logits, fp32, say at T rows."""
+        with self._lock:
+            remember_logits(self._to_write(tenant), token_ids_T, logits_TV)
 
     def committed(self, slot: int, *, num_tokens: int) -> None:
         """Nothing is kept of a sequence."""
@@ -172,6 +178,9 @@ class RecyclingDrafter:
         with self._lock:
             matrix = _copy(self._first)
         return save_matrix(directory, matrix)
+
+    def _to_write(self, tenant: str) -> Adjacency:
+        return self._first if self._max_tenants is None else self._own(tenant, num_kept=self._max_tenants)
 
     def _known(self, tenant: str) -> Adjacency:
         """What to draft from for a tenant, which counts as use."""

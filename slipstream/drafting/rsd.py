@@ -79,7 +79,8 @@ class _Frontier(NamedTuple):
 
     @property
     def is_live_BW(self) -> NDArray[np.bool_]:
-        return self.nodes_BW != _DEAD
+        is_live_BW: NDArray[np.bool_] = self.nodes_BW != _DEAD
+        return is_live_BW
 
 
 class RsdDrafter:

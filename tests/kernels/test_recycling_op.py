@@ -27,10 +27,11 @@ from slipstream_kernels.recycling import (
     grow_reference,
     noise_of_tokens,
     remember,
+    remember_logits,
     remember_reference,
     vocab_size_of,
 )
-from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows
+from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows, top_logprobs
 
 PLAIN_RULE = GrowthRule(depth_penalty=0.0, rank_share=0.0)
 BINARY = Template(
@@ -300,3 +301,23 @@ def test_arguments_that_do_not_belong_together_are_refused() -> None:
         grow([matrix], draws, np.zeros((2, 4), np.int32))
     with pytest.raises(ValueError, match="matrix is 1; expected 0 to 0"):
         grow([matrix], draws, np.array([(1, 0, 4, 4)], np.int32))
+
+
+@pytest.mark.parametrize("vocab_size", [5, 300, 70_000])
+def test_logits_are_remembered_as_their_log_probabilities(isa: str, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits_TV = torch.randn(6, vocab_size, generator=generator) * 5
+    logits_TV[1, 2] = float("nan")
+    logits_TV[2, :3] = -float("inf")
+    logits_TV[3, 0] = float("inf")
+    tokens_T = np.array([4, 0, 4, 1, 2, 3], np.int32)
+    said = top_logprobs(logits_TV, range(6), [0] * 6, num_top=min(8, vocab_size))
+    expected, seen = empty_adjacency(vocab_size), empty_adjacency(vocab_size)
+    remember(expected, tokens_T, said.top_ids_GN.numpy(), said.top_logprobs_GN.numpy())
+    remember_logits(seen, tokens_T, logits_TV)
+    assert (seen.ids_VN == expected.ids_VN).all()
+    kept = expected.logprobs_VN > -np.inf
+    assert ((seen.logprobs_VN > -np.inf) == kept).all()
+    assert np.allclose(seen.logprobs_VN[kept], expected.logprobs_VN[kept], rtol=2e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="vocabulary is"):
+        remember_logits(seen, np.full(6, vocab_size, np.int32), logits_TV)

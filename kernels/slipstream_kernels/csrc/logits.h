@@ -120,5 +120,37 @@ float kth_largest(const float* values, int64_t num_values, int64_t k) {
     return candidates[size_t(k - 1)];
 }
 
+// The `number` (at most as many as there are) largest logits' tokens, best first, equals by lowest id.
+inline void best_ids(const Row& row, int64_t number, int32_t* out) {
+    const auto value_of = [&](int32_t token) {
+        const float logit = row.logits[token];
+        return logit == logit ? logit : -kInfinity;
+    };
+    std::vector<int32_t>& ids = scratch.ids;
+    ids.clear();
+    const float bound = bound_of_top(row.logits, row.num_tokens, number);
+    if (bound == -kInfinity) {
+        for (int32_t token = 0; token < row.num_tokens; ++token) ids.push_back(token);
+    } else {
+        each_at_least(row.logits, row.num_tokens, bound,
+                      [&](int64_t token) { return ids.push_back(int32_t(token)), false; });
+    }
+    std::partial_sort(ids.begin(), ids.begin() + number, ids.end(), [&](int32_t one, int32_t other) {
+        const float value = value_of(one), other_value = value_of(other);
+        return value > other_value || (value == other_value && one < other);
+    });
+    std::copy_n(ids.begin(), number, out);
+}
+
+// The sum of e^((logit - largest) * scale), in single precision.
+inline float sum_of_exponentials(const Row& row, float scale) {
+    Floats sums = splat(0.0f);
+    for (int64_t at = 0; at < row.num_tokens; at += kLanes) {
+        const Floats relative = (load_padded(row.logits + at, row.num_tokens - at) - row.largest) * scale;
+        sums = sums + exp(relative);  // of a NaN, 0
+    }
+    return sum_lanes(sums);
+}
+
 }  // namespace
 }  // namespace SLIPSTREAM_ISA

@@ -291,7 +291,7 @@ HashIndex::Slot* OutputPool::find_ngram(int32_t which, uint64_t scope, uint32_t 
     });
 }
 
-// Every place that the index names for the ending of a text, with how many tokens agree there.
+// Every place that the index names for the ending of a text, with how many tokens agree there; some come twice.
 int32_t OutputPool::matches(uint64_t scope, const int32_t* text, int32_t num_tokens, Match* out) {
     int32_t num_matches = 0;
     const int32_t* const text_end = text + num_tokens;
@@ -302,8 +302,6 @@ int32_t OutputPool::matches(uint64_t scope, const int32_t* text, int32_t num_tok
         const HashIndex::Slot* const slot = find_ngram(which, scope, hash_of(scope, ngram, size), ngram);
         for (int32_t at = slot ? slot->number : kNone; at != kNone; at = places_[size_t(at)].older) {
             const Place& place = places_[size_t(at)];
-            const auto is_same = [&](const Match& one) { return one.output == place.output && one.end == place.end; };
-            if (std::any_of(out, out + num_matches, is_same)) continue;
             const Output& output = outputs_[size_t(place.output)];
             const int32_t most = std::min({num_tokens, kMaxMatchTokens, place.end + 1});
             const int32_t* const last = output.tokens.data() + place.end;

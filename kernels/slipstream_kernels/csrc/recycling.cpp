@@ -1,8 +1,10 @@
 // Token Recycling: trees grown from an adjacency matrix; recycling.py is the definition, bit for bit.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "export.h"
+#include "logits.h"
 #include "recycling.h"
 
 namespace SLIPSTREAM_ISA {
@@ -41,14 +43,14 @@ struct Candidate {
 };
 
 // Buffers of one thread, kept between calls.
-struct Scratch {
+struct GrowthScratch {
     std::vector<Candidate> heap;
     std::vector<int32_t> places;
 };
-thread_local Scratch scratch;
+thread_local GrowthScratch growth_scratch;
 
 void grow_best_first(Scorer& scorer, const Limits& limits, Tree& tree) {
-    std::vector<Candidate>& heap = scratch.heap;
+    std::vector<Candidate>& heap = growth_scratch.heap;
     heap.clear();
     int32_t order = 0;
     Candidate node{0.0, 0, limits.root, kRoot, 0};
@@ -80,7 +82,7 @@ struct Template {
 
 void fill_template(Scorer& scorer, const Limits& limits, const Template& shape, Tree& tree) {
     constexpr int32_t kAbsent = -2;
-    std::vector<int32_t>& places = scratch.places;  // where each node of the template went
+    std::vector<int32_t>& places = growth_scratch.places;  // where each node of the template went
     places.assign(size_t(shape.num_nodes), kAbsent);
     int32_t expanded = kAbsent;
     Children children;
@@ -108,6 +110,39 @@ bool is_candidate(const int32_t* ids, const uint16_t* logprobs, int32_t rank) {
     }
     return true;
 }
+
+// To the nearest number of fp16, ties to even.
+uint16_t to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    const uint32_t magnitude = bits & 0x7FFFFFFF;
+    if (magnitude >= 0x47800000) return sign | kExponentBits;
+    if (magnitude < 0x38800000) return sign | uint16_t(std::nearbyint(std::fabs(value) * 0x1p24f));
+    const uint32_t rounded = magnitude + 0xFFF + (magnitude >> 13 & 1);
+    return sign | uint16_t((rounded - 0x38000000) >> 13);
+}
+
+// Rows of a matrix that are written.
+struct Writer {
+    void* ids;
+    uint16_t* logprobs;
+    int32_t id_bytes;
+
+    void write(int64_t to, const int32_t* row_ids, const uint16_t* row_logprobs, int32_t num_top) const {
+        for (int32_t rank = 0; rank < kWidth; ++rank) {
+            const int64_t at = to * kWidth + rank;
+            const bool is_kept = rank < num_top && is_candidate(row_ids, row_logprobs, rank);
+            const int32_t id = is_kept ? row_ids[rank] : 0;
+            if (id_bytes == 2) {
+                static_cast<uint16_t*>(ids)[at] = uint16_t(id);
+            } else {
+                static_cast<int32_t*>(ids)[at] = id;
+            }
+            logprobs[at] = is_kept ? row_logprobs[rank] : kEmptyBits;
+        }
+    }
+};
 
 }  // namespace
 }  // namespace SLIPSTREAM_ISA
@@ -155,23 +190,38 @@ int32_t SLIPSTREAM_EXPORT(recycling_remember)(void* ids, uint16_t* logprobs, int
         const int32_t* const row_ids = top_ids + int64_t(row) * num_top;
         if (!is_token(tokens[row]) || !std::all_of(row_ids, row_ids + num_top, is_token)) return row;
     }
+    const Writer writer{ids, logprobs, id_bytes};
     const auto write = [=](int32_t to, int32_t row) {
-        const int32_t* const row_ids = top_ids + int64_t(row) * num_top;
-        const uint16_t* const row_logprobs = top_logprobs + int64_t(row) * num_top;
-        for (int32_t rank = 0; rank < kWidth; ++rank) {
-            const int64_t at = int64_t(to) * kWidth + rank;
-            const bool is_kept = rank < num_top && is_candidate(row_ids, row_logprobs, rank);
-            const int32_t id = is_kept ? row_ids[rank] : 0;
-            if (id_bytes == 2) {
-                static_cast<uint16_t*>(ids)[at] = uint16_t(id);
-            } else {
-                static_cast<int32_t*>(ids)[at] = id;
-            }
-            logprobs[at] = is_kept ? row_logprobs[rank] : kEmptyBits;
-        }
+        writer.write(to, top_ids + int64_t(row) * num_top, top_logprobs + int64_t(row) * num_top, num_top);
     };
     for (int32_t row = 0; row < num_rows; ++row) write(tokens[row], row);
     if (num_rows > 0) write(vocab_size, num_rows - 1);
+    return -1;
+}
+
+// The same from rows of logits, `row_stride` floats apart, whose sums are taken in single precision.
+int32_t SLIPSTREAM_EXPORT(recycling_remember_logits)(void* ids, uint16_t* logprobs, int32_t id_bytes,
+                                                     int32_t vocab_size, const int32_t* tokens, const float* logits,
+                                                     int64_t row_stride, int32_t num_rows) {
+    using namespace SLIPSTREAM_ISA;
+    for (int32_t row = 0; row < num_rows; ++row) {
+        if (tokens[row] < 0 || tokens[row] >= vocab_size) return row;
+    }
+    const Writer writer{ids, logprobs, id_bytes};
+    const int32_t num_top = std::min(kWidth, vocab_size);
+    int32_t top_ids[kWidth];
+    uint16_t top_logprobs[kWidth];
+    for (int32_t row = 0; row < num_rows; ++row) {
+        const Row own = finite_row(logits + row * row_stride, vocab_size);
+        best_ids(own, num_top, top_ids);
+        const float log_sum = std::log(sum_of_exponentials(own, 1.0f));
+        for (int32_t rank = 0; rank < num_top; ++rank) {
+            const float relative = own.logits[top_ids[rank]] - own.largest;
+            top_logprobs[rank] = to_half(relative == relative ? std::min(relative - log_sum, 0.0f) : -kInfinity);
+        }
+        writer.write(tokens[row], top_ids, top_logprobs, num_top);
+        if (row + 1 == num_rows) writer.write(vocab_size, top_ids, top_logprobs, num_top);
+    }
     return -1;
 }
 

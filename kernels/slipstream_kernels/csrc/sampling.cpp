@@ -215,39 +215,13 @@ int32_t choose_one(const float* logits, int64_t num_tokens, const SampleRow& how
 
 double share_of(const float* logits, int64_t num_tokens, double temperature, int32_t token) {
     const Row row = finite_row(logits, num_tokens);
-    const double divisor = temperature == 0.0 ? 1.0 : temperature;
-    Weights sums = {};
-    each_weight(row, divisor, [&](int64_t, Weights some) { sums += some; });
-    int64_t sum = 0;
-    for (int lane = 0; lane < kWide; ++lane) sum += sums[lane];
-    const Weights own = weights_at(HalfFloats{} + row.logits[token], Doubles{} + double(row.largest), Doubles{} + divisor);
-    return double(own[0]) / double(sum);
+    const float inverse = temperature == 0.0 ? 1.0f : float(1.0 / temperature);
+    return std::exp((row.logits[token] - row.largest) * inverse) / sum_of_exponentials(row, inverse);
 }
 
 namespace {
 
 // --------------------------------------------------------------------------------------------- log-probabilities
-
-void best_ids(const Row& row, int64_t number, int32_t* out) {
-    const auto value_of = [&](int32_t token) {
-        const float logit = row.logits[token];
-        return logit == logit ? logit : -kInfinity;
-    };
-    std::vector<int32_t>& ids = scratch.ids;
-    ids.clear();
-    const float bound = bound_of_top(row.logits, row.num_tokens, number);
-    if (bound == -kInfinity) {
-        for (int32_t token = 0; token < row.num_tokens; ++token) ids.push_back(token);
-    } else {
-        each_at_least(row.logits, row.num_tokens, bound,
-                      [&](int64_t token) { return ids.push_back(int32_t(token)), false; });
-    }
-    std::partial_sort(ids.begin(), ids.begin() + number, ids.end(), [&](int32_t one, int32_t other) {
-        const float value = value_of(one), other_value = value_of(other);
-        return value > other_value || (value == other_value && one < other);
-    });
-    std::copy_n(ids.begin(), number, out);
-}
 
 void logprobs_of_one(const Row& row, int32_t token, int64_t num_top, float* out, int32_t* top_ids, float* top_out) {
     Weights sums = {};
