@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from slipstream.drafting.chain import ChainDrafter
@@ -152,6 +152,16 @@ class Engine:
         drafter = self._drafter
         return drafter.digest if drafter else ""
 
+    @property
+    def draft_versions(self) -> dict[str, int]:
+        """The version drafting now for each domain that has a draft of its own."""
+        return {domain: draft.version for domain, draft in self._drafts().items()}
+
+    def draft_digest_of(self, domain: str) -> str:
+        """Digest of the tensors in memory of a domain's own draft; empty without one."""
+        draft = self._drafts().get(domain)
+        return draft.digest if draft else ""
+
     def submit(self, request: Request, on_block: OnBlock) -> None:
         """Queue a request; `on_block` is called from `step` with every block of its tokens.
 
@@ -207,6 +217,13 @@ class Engine:
             max_context_tokens=self.max_context_tokens,
             device=self._device,
         )
+
+    def _drafts(self) -> Mapping[str, Drafter]:
+        """The drafts by domain; a copy, since the engine's thread may switch one meanwhile."""
+        merged, drafter = self._merged, self._drafter
+        if merged is not None:
+            return dict(merged.chains)
+        return {DEFAULT_DOMAIN: drafter} if drafter else {}
 
     def _switch(self, action: Callable[[], None]) -> threading.Event:
         switched = threading.Event()
