@@ -1,21 +1,37 @@
 """What a version is, where it came from, and which one is served.
 
-Frozen records without behaviour. `version` 0 always means "no draft": the target decodes plainly.
+Frozen records without behaviour. `version` 0 always means "none": without a draft the target decodes plainly, without
+a matrix Token Recycling starts empty.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
-Role = Literal["draft", "routing", "placement"]
+Role = Literal["draft", "recycling", "routing", "placement"]
+"""What a version is: a draft model, a Token Recycling matrix, a routing predictor, a placement of experts."""
 
 NO_VERSION = 0
-"""The version number that stands for "none": no draft model, no routing predictor."""
+"""The version number that stands for "none": no draft model, no matrix, no routing predictor."""
 
 DEFAULT_DOMAIN = "default"
-"""The domain of a version that serves every request."""
+"""The domain of a version that serves every request without a version for its own domain."""
+
+
+class Place(NamedTuple):
+    """What has versions, a champion and a pointer of its own."""
+
+    role: Role
+    domain: str
+
+
+DRAFT = Place("draft", DEFAULT_DOMAIN)
+"""The draft of every request whose domain has none of its own."""
+
+MATRIX = Place("recycling", DEFAULT_DOMAIN)
+"""The matrix that Token Recycling starts from in every replica."""
 
 
 class OffsetRange(msgspec.Struct, frozen=True):
@@ -46,7 +62,8 @@ class Lineage(msgspec.Struct, frozen=True, kw_only=True):
 class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     """One registered version: an artifact directory that never changes again.
 
-    `digest` is the SHA-256 over architecture and tensor values (`models.checkpoint.checkpoint_digest`).
+    `digest` is the SHA-256 over architecture and tensor values (`models.checkpoint.checkpoint_digest`), of a matrix
+    over its arrays (`drafting.recycling_artifact.matrix_digest`).
     `created_at` is seconds since the epoch.
     """
 
@@ -81,8 +98,9 @@ class ServingPointer(msgspec.Struct, frozen=True, kw_only=True):
 class Acknowledgement(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica runs after it looked at a pointer.
 
-    `digest` is computed from the tensors in memory, never copied from the pointer. `state` is `serving` when the
-    replica runs `generation`; `refused` when it looked and kept the old version, with `error` saying why.
+    `digest` is computed from the tensors in memory, never copied from the pointer; of a matrix as it began. `state` is
+    `serving` when the replica runs `generation`; `refused` when it looked and kept the old version, with `error` saying
+    why.
     `version` and `digest` always describe what is running.
     """
 

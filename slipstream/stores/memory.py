@@ -26,7 +26,7 @@ from slipstream.stores.rules import (
     stale_pointer,
     unknown_version,
 )
-from slipstream.versions import Acknowledgement, Lineage, ModelVersion, Role, ServingPointer
+from slipstream.versions import Acknowledgement, Lineage, ModelVersion, Place, Role, ServingPointer
 
 
 class _Group:
@@ -286,6 +286,12 @@ class MemoryPointers:
         """See `PointerStore.history`."""
         with self._moved:
             return list(self._history.get((role, domain), ()))[:limit]
+
+    def places(self) -> list[Place]:
+        """See `PointerStore.places`."""
+        with self._moved:
+            moved = {place for place, history in self._history.items() if history}
+            return sorted(Place(*place) for place in moved | self._acknowledgements.keys())
 
     def freeze(self, reason: str) -> None:
         """See `PointerStore.freeze`."""

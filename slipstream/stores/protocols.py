@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from slipstream.promotion import EvaluationReport, PromotionDecision
-from slipstream.versions import Acknowledgement, Lineage, ModelVersion, Role, ServingPointer
+from slipstream.versions import Acknowledgement, Lineage, ModelVersion, Place, Role, ServingPointer
 
 
 class LogEntry(msgspec.Struct, frozen=True):
@@ -148,6 +148,9 @@ class PointerStore(Protocol):
 
     def history(self, role: Role, domain: str, *, limit: int) -> list[ServingPointer]:
         """The latest pointers, newest first, the current one included."""
+
+    def places(self) -> list[Place]:
+        """Every role and domain that ever had a pointer or an acknowledgement, sorted."""
 
     def freeze(self, reason: str) -> None:
         """Refuse promotions until `unfreeze`."""

@@ -31,7 +31,7 @@ from slipstream.stores.rules import (
     stale_fence,
     stale_pointer,
 )
-from slipstream.versions import Acknowledgement, Role, ServingPointer
+from slipstream.versions import Acknowledgement, Place, Role, ServingPointer
 
 logger = logging.getLogger(__name__)
 
@@ -269,9 +269,10 @@ class RedisPointers:
         check_generation(pointer, expected_generation)
         place = (pointer.role, pointer.domain)
         keys = [self._key("pointer", *place), self._key("history", *place)]
-        keys += [self._key("fence"), self._key("frozen"), self._key("num_moves")]
+        keys += [self._key("fence"), self._key("frozen"), self._key("num_moves"), self._key("places")]
         arguments: list[Any] = [expected_generation, pointer.generation, pointer.fencing_token, int(is_operator)]
         arguments += [msgspec.msgpack.encode(pointer), pointer.reason, self._key("moves"), HISTORY_LIMIT]
+        arguments.append(msgspec.msgpack.encode(place))
         with _translated(self._url):
             outcome, value = self._advance(keys=keys, args=arguments)
         if outcome == b"fence":
@@ -284,6 +285,12 @@ class RedisPointers:
     def history(self, role: Role, domain: str, *, limit: int) -> list[ServingPointer]:
         """See `PointerStore.history`."""
         return self._latest(self._key("history", role, domain), limit, ServingPointer)
+
+    def places(self) -> list[Place]:
+        """See `PointerStore.places`."""
+        with _translated(self._url):
+            found = self._client.smembers(self._key("places"))
+        return sorted(_decoded(one, Place) for one in found)
 
     def freeze(self, reason: str) -> None:
         """See `PointerStore.freeze`."""
@@ -313,9 +320,11 @@ class RedisPointers:
 
     def acknowledge(self, acknowledgement: Acknowledgement) -> None:
         """See `PointerStore.acknowledge`."""
-        keys = self._acknowledgement_keys(acknowledgement.role, acknowledgement.domain)
+        place = (acknowledgement.role, acknowledgement.domain)
+        keys = [*self._acknowledgement_keys(*place), self._key("places")]
+        word, place_bytes = msgspec.msgpack.encode(acknowledgement), msgspec.msgpack.encode(place)
         with _translated(self._url):
-            self._acknowledge(keys=keys, args=[acknowledgement.replica_id, msgspec.msgpack.encode(acknowledgement)])
+            self._acknowledge(keys=keys, args=[acknowledgement.replica_id, word, place_bytes])
 
     def acknowledgements(self, role: Role, domain: str) -> list[Acknowledgement]:
         """See `PointerStore.acknowledgements`."""

@@ -74,8 +74,8 @@ return count + math.max(0, newest - math.max(delivered(KEYS[1], ARGV[1]), oldest
 )
 
 ADVANCE = """
--- KEYS pointer, history, fence, frozen, moves
--- ARGV expected generation, generation, fencing token, is operator, pointer, reason, channel, history limit
+-- KEYS pointer, history, fence, frozen, moves, places
+-- ARGV expected generation, generation, fencing token, is operator, pointer, reason, channel, history limit, place
 local current = redis.call('HMGET', KEYS[1], 'generation', 'pointer')
 if current[2] == ARGV[5] then return {'done', 0} end
 local fence = tonumber(redis.call('GET', KEYS[3]) or '0')
@@ -92,14 +92,16 @@ redis.call('SET', KEYS[3], ARGV[3])
 redis.call('HSET', KEYS[1], 'generation', ARGV[2], 'pointer', ARGV[5])
 redis.call('LPUSH', KEYS[2], ARGV[5])
 redis.call('LTRIM', KEYS[2], 0, ARGV[8] - 1)
+redis.call('SADD', KEYS[6], ARGV[9])
 redis.call('PUBLISH', ARGV[7], redis.call('INCR', KEYS[5]))
 return {'done', 0}
 """
 """The pointer that is already there is a success: the reply to the first try was lost."""
 
 ACKNOWLEDGE = """
--- KEYS words, heard; ARGV replica id, acknowledgement
+-- KEYS words, heard, places; ARGV replica id, acknowledgement, place
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('SADD', KEYS[3], ARGV[3])
 redis.call('ZADD', KEYS[2], redis.call('TIME')[1] * 1000 + redis.call('TIME')[2] / 1000, ARGV[1])
 """
 """The server's clock says when a replica was heard: clocks of replicas need not agree."""

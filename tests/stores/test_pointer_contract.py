@@ -72,6 +72,17 @@ def test_roles_and_domains_have_pointers_of_their_own(pointers: PointerStore) ->
     assert pointers.read("draft", "default") == made[0]
 
 
+def test_places_are_those_with_a_pointer_or_a_word_of_a_replica(pointers: PointerStore) -> None:
+    assert pointers.places() == []
+    moved(pointers, 1)
+    pointers.acknowledge(msgspec.structs.replace(acknowledged("replica-1", version=1), role="recycling"))
+    pointers.acknowledge(acknowledged("replica-1", version=1, domain="sql"))
+    assert pointers.places() == [("draft", "default"), ("draft", "sql"), ("recycling", "default")]
+    with pytest.raises(StalePointer):
+        pointers.advance(pointer_to(1, generation=5, token=99, domain="math"), expected_generation=4)
+    assert ("draft", "math") not in pointers.places()
+
+
 def test_a_generation_that_is_not_one_above_the_expected_is_the_callers_mistake(pointers: PointerStore) -> None:
     with pytest.raises(ValueError, match="pointer generation 3: expected 2"):
         pointers.advance(pointer_to(1, generation=3, token=1), expected_generation=1)
