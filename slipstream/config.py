@@ -25,22 +25,30 @@ import msgspec
 
 from slipstream.errors import ConfigError
 from slipstream.promotion import PromotionGate
+from slipstream.versions import DRAFT, MATRIX, Place
 
 _GATE = PromotionGate()
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+DomainName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9_-]{0,31}$")]
 
 
 class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The target's replicas and their HTTP face; `initial_draft` is the draft of day one, "" for none.
 
+    `draft_domains` are the domains that may have drafts of their own, beside the one of all others: each costs a
+    replica the memory of a draft.
+    `drafting` "auto" drafts with everything there is, at most `max_draft_nodes` nodes a request, and only as much as is
+    expected to make answers faster; "chain" with the draft model alone and always `num_draft_tokens` tokens (what the
+    evaluator compares drafts with), "off" not at all. Output is the same.
     `kv_cache_tokens` is the K/V cache of a replica in positions, rounded up to blocks of 16: what bounds its memory.
     `device` is where the target and its draft run: a GPU in the machine may be meant for something else.
     """
 
     target: str = "deploy/models/mix-moe-11m"
     initial_draft: str = ""
+    draft_domains: Annotated[tuple[DomainName, ...], msgspec.Meta(max_length=15)] = ()
     model_name: str = ""
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 8000
@@ -52,7 +60,9 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_step_tokens: PositiveInt = 512
     max_context_tokens: PositiveInt = 1024
     kv_cache_tokens: PositiveInt = 16384
+    drafting: Literal["auto", "chain", "off"] = "auto"
     num_draft_tokens: Annotated[int, msgspec.Meta(ge=0, le=16)] = 2
+    max_draft_nodes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 16
     pointer_poll_s: PositiveFloat = 2.0
 
 
@@ -139,6 +149,12 @@ def load_config(environ: Mapping[str, str] | None = None) -> Settings:
             f"serving.kv_cache_tokens is {config.serving.kv_cache_tokens}; expected at least "
             f"serving.max_context_tokens, {config.serving.max_context_tokens}, or no request of that length ever fits"
         )
+    domains = (DRAFT.domain, *config.serving.draft_domains)
+    if len(set(domains)) < len(domains):
+        raise ConfigError(
+            f"serving.draft_domains is {list(domains[1:])}; expected different names without {DRAFT.domain!r}, which "
+            "always has a draft"
+        )
     addresses = Addresses(
         redis=_checked_url("SLIPSTREAM_REDIS", environ, ("redis", "rediss", "unix")),
         kafka=_checked_hosts("SLIPSTREAM_KAFKA", environ),
@@ -151,6 +167,11 @@ def load_config(environ: Mapping[str, str] | None = None) -> Settings:
         addresses=addresses,
         state_dir=Path(environ.get("SLIPSTREAM_STATE") or ".state").absolute(),
     )
+
+
+def served_places(serving: ServingConfig) -> tuple[Place, ...]:
+    """What replicas follow, the promoter moves and the evaluator judges: every draft's place, and the matrix's."""
+    return (DRAFT, *(Place("draft", domain) for domain in serving.draft_domains), MATRIX)
 
 
 def load_tenants(path: str) -> dict[str, Tenant]:

@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,19 +22,21 @@ import slipstream_kernels
 from services.target.callers import Callers
 from services.target.ingress import Ingress, ServedModel
 from services.target.prompt_text import PromptText
-from slipstream.config import Settings, load_config, load_tenants
+from slipstream.config import Settings, load_config, load_tenants, served_places
+from slipstream.drafting.merge import DraftingOptions
 from slipstream.engine.blocks import blocks_for
 from slipstream.engine.engine import Engine
 from slipstream.engine.observer import Observer
 from slipstream.engine.runner import EngineRunner
 from slipstream.engine.scheduler import EngineLimits
+from slipstream.engine.served import Served, ServedDraft, ServedMatrix
 from slipstream.engine.swap import PointerFollower
 from slipstream.errors import EngineStopped
 from slipstream.models.checkpoint import load_checkpoint, target_digest
 from slipstream.records import Observation
 from slipstream.stores.opening import ARTIFACTS, open_log, open_pointers
 from slipstream.telemetry import ReplicaMetrics, configure_logging
-from slipstream.versions import DEFAULT_DOMAIN
+from slipstream.versions import MATRIX, Place
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +59,12 @@ class Replica:
         target = load_checkpoint(directory)
         digest = target_digest(directory)
         prompt_text = PromptText(directory)
+        # Merging drafters needs the compiled kernels; without them the draft alone proposes chains.
+        drafting = DraftingOptions() if slipstream_kernels.is_available() else None
+        drafting = _drafting(settings)
         engine = Engine(
             target,
-            limits=_limits(settings),
+            limits=_limits(settings, drafting),
             target_digest=digest,
             replica_id=self._replica_id,
             top_n=settings.config.observing.top_n,
@@ -66,9 +72,12 @@ class Replica:
             metrics=self._metrics,
             token_bytes=prompt_text.token_bytes.__getitem__,
             device=settings.config.serving.device,
+            drafting=drafting,
         )
         self._runner = EngineRunner(engine)
-        self._follower = self._pointer_follower(settings, digest)
+        places = served_places(settings.config.serving)
+        followed = [place for place in places if place != MATRIX or drafting is not None]
+        self._followers = self._pointer_followers(settings, digest, followed)
         model = ServedModel(
             name=model_name,
             created=int(time.time()),
@@ -92,8 +101,10 @@ class Replica:
 
     def stop(self) -> None:
         """Stop, sending what was observed if the log answers; running requests end with an error."""
-        if self._follower is not None:
-            self._follower.stop(_STOP_S)
+        for follower in self._followers:
+            follower.ask_to_stop()  # all at once, so that their waits run side by side
+        for follower in self._followers:
+            follower.stop(_STOP_S)
         self._runner.stop(_STOP_S)
         if self._observer is not None:
             self._observer.stop(_STOP_S)
@@ -104,8 +115,8 @@ class Replica:
         self._runner.start()
         if self._observer is not None:
             self._observer.start()
-        if self._follower is not None:
-            self._follower.start()
+        for follower in self._followers:
+            follower.start()
         logger.info("replica %s serves", self._replica_id)
 
     def _make_ingress(self, model: ServedModel, prompt_text: PromptText, settings: Settings) -> Ingress:
@@ -118,21 +129,28 @@ class Replica:
             callers=Callers(load_tenants(keys) if keys else None),
         )
 
-    def _pointer_follower(self, settings: Settings, digest: str) -> PointerFollower | None:
+    def _pointer_followers(self, settings: Settings, digest: str, places: Sequence[Place]) -> list[PointerFollower]:
+        """One for each of these places, with the last good version of it on disk."""
         if settings.addresses.redis is None:
             logger.warning("SLIPSTREAM_REDIS is not set: no pointer to follow, this replica serves without a draft")
-            return None
-        return PointerFollower(
-            open_pointers(settings),
-            self._runner,
-            domain=DEFAULT_DOMAIN,
-            target_digest=digest,
-            replica_id=self._replica_id,
-            artifact_root=settings.state_dir / ARTIFACTS,
-            cache_dir=settings.state_dir / "last_good",
-            poll_s=settings.config.serving.pointer_poll_s,
-            metrics=self._metrics,
-        )
+            return []
+        pointers = open_pointers(settings)
+        return [
+            PointerFollower(
+                pointers,
+                self._served(place),
+                target_digest=digest,
+                replica_id=self._replica_id,
+                artifact_root=settings.state_dir / ARTIFACTS,
+                cache_dir=settings.state_dir / "last_good" / place.role / place.domain,
+                poll_s=settings.config.serving.pointer_poll_s,
+                metrics=self._metrics,
+            )
+            for place in places
+        ]
+
+    def _served(self, place: Place) -> Served:
+        return ServedMatrix(self._runner) if place == MATRIX else ServedDraft(self._runner, domain=place.domain)
 
 
 def _observer(settings: Settings, metrics: ReplicaMetrics) -> Observer | None:
@@ -144,14 +162,25 @@ def _observer(settings: Settings, metrics: ReplicaMetrics) -> Observer | None:
     )
 
 
-def _limits(settings: Settings) -> EngineLimits:
+def _drafting(settings: Settings) -> DraftingOptions | None:
+    """None for chains of the installed draft alone."""
+    if settings.config.serving.drafting != "auto":
+        return None
+    if not slipstream_kernels.is_available():
+        logger.warning("no compiled kernels: drafting with the draft model alone, whatever it costs")
+        return None
+    return DraftingOptions()
+
+
+def _limits(settings: Settings, drafting: DraftingOptions | None) -> EngineLimits:
     serving = settings.config.serving
+    num_draft_tokens = serving.num_draft_tokens if drafting is None else serving.max_draft_nodes
     return EngineLimits(
         max_running_requests=serving.max_running_requests,
         max_queued_requests=serving.max_queued_requests,
         max_step_tokens=serving.max_step_tokens,
         max_context_tokens=serving.max_context_tokens,
-        num_draft_tokens=serving.num_draft_tokens,
+        num_draft_tokens=0 if serving.drafting == "off" else num_draft_tokens,
         num_blocks=blocks_for(serving.kv_cache_tokens),
     )
 

@@ -1,7 +1,8 @@
 """Fetching a version's files by URI, and what is refused before anything is loaded.
 
-Only `file:` URIs below the configured artifact root are fetched, symbolic links resolved first. A draft artifact is
-flat: config.json, *.safetensors and further *.json files. Anything else (pickles above all) is refused, not skipped.
+Only `file:` URIs below the configured artifact root are fetched, symbolic links resolved first. An artifact, a draft or
+a matrix, is flat: config.json, *.safetensors and further *.json files. Anything else (pickles above all) is refused,
+not skipped.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def fetch(pointer: ServingPointer, *, artifact_root: Path, into: Path) -> Path:
     """Copy the pointer's files to `into/DIGEST`, whole or not at all; returns that directory.
 
     What is there already is not fetched again, so a version seen before needs no artifact store. Raises
-    ArtifactRejected for a malformed digest, a place outside the root, a missing directory, or a file that is no draft
-    file.
+    ArtifactRejected for a malformed digest, a place outside the root, a missing directory, or a file of no
+    kind that artifacts have.
     """
     destination = into / checked_digest(pointer.digest)
     if destination.is_dir():

@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 
+from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.engine.batch import OnBlock
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import REPLICA_STOPPING, Request
 from slipstream.errors import EngineStopped
 from slipstream.models.checkpoint import Checkpoint
+from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +56,15 @@ class EngineRunner:
         self.engine.cancel(request_id)
         self._wake.set()
 
-    def install_draft(self, draft: Checkpoint | None, *, version: int) -> threading.Event:
+    def install_draft(self, draft: Checkpoint | None, *, version: int, domain: str = DEFAULT_DOMAIN) -> threading.Event:
         """See `Engine.install_draft`."""
-        switched = self.engine.install_draft(draft, version=version)
+        switched = self.engine.install_draft(draft, version=version, domain=domain)
+        self._wake.set()
+        return switched
+
+    def install_matrix(self, matrix: StoredMatrix, *, version: int) -> threading.Event:
+        """See `Engine.install_matrix`."""
+        switched = self.engine.install_matrix(matrix, version=version)
         self._wake.set()
         return switched
 
@@ -76,8 +84,12 @@ class EngineRunner:
 
     @property
     def draft_version(self) -> int:
-        """The version drafting now; 0 without a draft."""
+        """The version drafting for the default domain now; 0 without a draft."""
         return self.engine.draft_version
+
+    def draft_version_of(self, domain: str) -> int:
+        """The version of this domain's own draft; 0 if it has none."""
+        return self.engine.draft_versions.get(domain, NO_VERSION)
 
     def _run(self) -> None:
         while not self._is_stopping:

@@ -1,4 +1,4 @@
-"""Following the pointer: a replica's one way to another draft version.
+"""Following a pointer: a replica's one way to another version, be it of a domain's draft or of the matrix.
 
     announcement or poll -> fetch -> check digest -> load beside -> warm -> switch between two steps -> acknowledge
 
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import msgspec
 
-from slipstream.engine.artifact import checked_digest, fetch, load_verified
-from slipstream.engine.runner import EngineRunner
+from slipstream.engine.artifact import checked_digest, fetch
+from slipstream.engine.served import Served
 from slipstream.errors import ArtifactRejected, StoreError
 from slipstream.stores.artifacts import write_durably
 from slipstream.stores.protocols import ACKNOWLEDGEMENT_TTL_S, PointerStore
 from slipstream.telemetry import ReplicaMetrics
-from slipstream.versions import NO_VERSION, Acknowledgement, ServingPointer
+from slipstream.versions import DRAFT, NO_VERSION, Acknowledgement, ServingPointer
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,13 @@ _KEPT_ARTIFACTS = 3
 
 
 class PointerFollower:
-    """A thread that keeps one replica's draft at what the pointer of a domain says."""
+    """A thread that keeps what a replica serves at one place at what the pointer says; `cache_dir` is its own."""
 
     def __init__(
         self,
         pointers: PointerStore,
-        runner: EngineRunner,
+        served: Served,
         *,
-        domain: str,
         target_digest: str,
         replica_id: str,
         artifact_root: Path,
@@ -49,8 +48,7 @@ class PointerFollower:
         metrics: ReplicaMetrics,
     ) -> None:
         self._pointers = pointers
-        self._runner = runner
-        self._domain = domain
+        self._served = served
         self._target_digest = target_digest
         self._replica_id = replica_id
         self._artifact_root = artifact_root
@@ -65,16 +63,20 @@ class PointerFollower:
         self._retry_at = 0.0
         self._is_out_of_reach = False
         self._is_stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pointer-follower", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"follow-{'-'.join(served.place)}", daemon=True)
 
     def start(self) -> None:
         """Install the last good version from local disk, if any, and start following."""
         self._restore_last_good()
         self._thread.start()
 
+    def ask_to_stop(self) -> None:
+        """Stop after the current look at the pointer, without waiting for it."""
+        self._is_stopping.set()
+
     def stop(self, timeout_s: float) -> None:
         """Stop following."""
-        self._is_stopping.set()
+        self.ask_to_stop()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
@@ -92,7 +94,7 @@ class PointerFollower:
 
     def look(self) -> None:
         """Read the pointer once, apply or refuse it, and acknowledge; raises StoreError during an outage."""
-        pointer = self._pointers.read("draft", self._domain)
+        pointer = self._pointers.read(*self._served.place)
         self._note_answer()
         if pointer is not None and self._is_news(pointer):
             self._apply_or_refuse(pointer)
@@ -117,10 +119,9 @@ class PointerFollower:
             self._metrics.swap_refusals.labels(error.reason).inc()
             if is_first:
                 logger.error(
-                    "refused draft version %d (generation %d), version %d keeps serving: %s",
-                    pointer.version,
-                    pointer.generation,
-                    self._runner.draft_version,
+                    "refused %s version %d of domain %s (generation %d), version %d keeps serving: %s",
+                    *(pointer.role, pointer.version, pointer.domain, pointer.generation),
+                    self._served.version,
                     error,
                 )
         else:
@@ -132,9 +133,8 @@ class PointerFollower:
         directory = self._install(pointer)
         self._remember(pointer, directory)
         logger.info(
-            "serving draft version %d (generation %d): %s; fetched, checked and switched in %.2f s",
-            pointer.version,
-            pointer.generation,
+            "serving %s version %d of domain %s (generation %d): %s; fetched, checked and switched in %.2f s",
+            *(pointer.role, pointer.version, pointer.domain, pointer.generation),
             pointer.reason,
             time.perf_counter() - started,
         )
@@ -144,17 +144,16 @@ class PointerFollower:
         if pointer.target_digest != self._target_digest:
             raise ArtifactRejected(
                 f"pointer is for target {pointer.target_digest[:12]}, this replica serves {self._target_digest[:12]}; "
-                "train a draft on this target's observations",
+                "a version is made from this target's observations",
                 reason="target",
             )
         directory = None
         if pointer.version == NO_VERSION:
-            switched = self._runner.install_draft(None, version=NO_VERSION)
+            switched = self._served.install(None, version=NO_VERSION, digest="")
         else:
             directory = fetch(pointer, artifact_root=self._artifact_root, into=self._cache_dir)
             try:
-                checkpoint = load_verified(directory, digest=pointer.digest)
-                switched = self._runner.install_draft(checkpoint, version=pointer.version)
+                switched = self._served.install(directory, version=pointer.version, digest=pointer.digest)
             except ArtifactRejected:
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
@@ -164,22 +163,28 @@ class PointerFollower:
                     f"the engine took no step in {_SWITCH_TIMEOUT_S:.0f} s; it is not known whether it switched",
                     reason="timeout",
                 )
-        self._applied_generation, self._applied_set_at = pointer.generation, pointer.set_at
-        self._metrics.swaps.inc()
-        self._metrics.pointer_generation.set(pointer.generation)
-        self._metrics.draft_info.clear()
-        self._metrics.draft_info.labels(str(pointer.version)).set(1)
+        self._note_applied(pointer)
+        if pointer.role == "draft":
+            self._metrics.swaps.inc()
         return directory
 
+    def _note_applied(self, pointer: ServingPointer) -> None:
+        self._applied_generation, self._applied_set_at = pointer.generation, pointer.set_at
+        self._metrics.served_version.labels(*self._served.place).set(pointer.version)
+        if self._served.place == DRAFT:
+            self._metrics.pointer_generation.set(pointer.generation)
+            self._metrics.draft_info.clear()
+            self._metrics.draft_info.labels(str(pointer.version)).set(1)
+
     def _acknowledge(self) -> None:
-        refused = self._refused
+        refused, place = self._refused, self._served.place
         self._pointers.acknowledge(
             Acknowledgement(
                 replica_id=self._replica_id,
-                role="draft",
-                domain=self._domain,
-                version=self._runner.draft_version,
-                digest=self._runner.engine.draft_digest,
+                role=place.role,
+                domain=place.domain,
+                version=self._served.version,
+                digest=self._served.digest,
                 generation=refused.generation if refused else self._applied_generation,
                 state="refused" if refused else "serving",
                 error=self._refusal,
@@ -218,19 +223,17 @@ class PointerFollower:
 
     def _install_cached(self, pointer: ServingPointer) -> None:
         if pointer.target_digest != self._target_digest:
-            raise ArtifactRejected("it was trained for another target", reason="target")
+            raise ArtifactRejected("it was made for another target", reason="target")
         if pointer.version != NO_VERSION:
-            checkpoint = load_verified(self._cache_dir / checked_digest(pointer.digest), digest=pointer.digest)
-            self._runner.install_draft(checkpoint, version=pointer.version)
-        self._applied_generation, self._applied_set_at = pointer.generation, pointer.set_at
-        self._metrics.pointer_generation.set(pointer.generation)
-        self._metrics.draft_info.labels(str(pointer.version)).set(1)
-        logger.info("starting with the last good draft, version %d", pointer.version)
+            directory = self._cache_dir / checked_digest(pointer.digest)
+            self._served.install(directory, version=pointer.version, digest=pointer.digest)
+        self._note_applied(pointer)
+        logger.info("starting with the last good %s of domain %s, version %d", *self._served.place, pointer.version)
 
     def _note_outage(self, error: StoreError) -> None:
         if not self._is_out_of_reach:
             logger.warning(
-                "the pointer store does not answer, version %d keeps serving: %s", self._runner.draft_version, error
+                "the pointer store does not answer, version %d keeps serving: %s", self._served.version, error
             )
         self._is_out_of_reach = True
         self._metrics.store_up.labels("pointers").set(0)

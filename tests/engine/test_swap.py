@@ -8,20 +8,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
-from conftest import MODELS, Served, make_engine
+from conftest import LIMITS, MODELS
 
+from slipstream.drafting.merge import DraftingOptions
+from slipstream.drafting.recycling_artifact import save_matrix
+from slipstream.engine.engine import Engine
 from slipstream.engine.runner import EngineRunner
+from slipstream.engine.served import Served, ServedDraft, ServedMatrix
 from slipstream.engine.swap import PointerFollower
 from slipstream.errors import StoreUnavailable
 from slipstream.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from slipstream.models.decoder import initial_draft
 from slipstream.stores.memory import MemoryPointers
 from slipstream.telemetry import ReplicaMetrics
-from slipstream.versions import Acknowledgement, ServingPointer
+from slipstream.versions import DRAFT, MATRIX, Acknowledgement, Place, ServingPointer
+from slipstream_kernels.recycling import empty_adjacency, remember
 
 DEADLINE_S = 60.0
+
+pytestmark = pytest.mark.usefixtures("exact_kernels")
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -31,40 +39,63 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+SQL = Place("draft", "sql")
+
+
 class Replica:
-    """An engine on its thread with a follower; `root` is the artifact root."""
+    """An engine on its thread with its followers; `root` is the artifact root."""
 
     def __init__(self, target: Checkpoint, pointers: MemoryPointers, root: Path, cache: Path) -> None:
         self.metrics = ReplicaMetrics()
-        self.runner = EngineRunner(make_engine(target, Served(), [], self.metrics))
+        self.runner = EngineRunner(
+            Engine(
+                target,
+                limits=LIMITS,
+                target_digest=target.digest,
+                replica_id="replica-1",
+                top_n=16,
+                observe=lambda observation: None,
+                metrics=self.metrics,
+                drafting=DraftingOptions(fixed_nodes=LIMITS.num_draft_tokens),
+            )
+        )
         self.pointers = pointers
         self.target_digest = target.digest
-        self.follower = PointerFollower(
-            pointers,
-            self.runner,
-            domain="default",
-            target_digest=target.digest,
-            replica_id="replica-1",
-            artifact_root=root,
-            cache_dir=cache,
-            poll_s=0.05,
-            metrics=self.metrics,
-        )
+        self.followers = {
+            place: PointerFollower(
+                pointers,
+                self.served(place),
+                target_digest=target.digest,
+                replica_id="replica-1",
+                artifact_root=root,
+                cache_dir=cache / place.role / place.domain,
+                poll_s=0.05,
+                metrics=self.metrics,
+            )
+            for place in (DRAFT, SQL, MATRIX)
+        }
+
+    def served(self, place: Place) -> Served:
+        return ServedMatrix(self.runner) if place == MATRIX else ServedDraft(self.runner, domain=place.domain)
 
     def start(self) -> None:
         self.runner.start()
-        self.follower.start()
+        for follower in self.followers.values():
+            follower.start()
 
     def stop(self) -> None:
-        self.follower.stop(10)
+        for follower in self.followers.values():
+            follower.stop(10)
         self.runner.stop(10)
 
-    def point_at(self, directory: Path, *, version: int, digest: str, **changes: object) -> ServingPointer:
-        current = self.pointers.read("draft", "default")
+    def point_at(
+        self, directory: Path, *, version: int, digest: str, place: Place = DRAFT, **changes: object
+    ) -> ServingPointer:
+        current = self.pointers.read(*place)
         generation = current.generation if current else 0
         pointer = ServingPointer(
-            role="draft",
-            domain="default",
+            role=place.role,
+            domain=place.domain,
             version=version,
             artifact_uri=directory.as_uri() if version else "",
             digest=digest,
@@ -78,15 +109,15 @@ class Replica:
         self.pointers.advance(pointer, expected_generation=generation)
         return pointer
 
-    def acknowledged(self, generation: int) -> Acknowledgement:
+    def acknowledged(self, generation: int, *, place: Place = DRAFT) -> Acknowledgement:
         """The replica's word about a pointer of this generation, once it has come."""
 
         def has_come() -> bool:
-            acks = self.pointers.acknowledgements("draft", "default")
+            acks = self.pointers.acknowledgements(*place)
             return bool(acks) and acks[0].generation == generation
 
         wait_for(has_come)
-        return self.pointers.acknowledgements("draft", "default")[0]
+        return self.pointers.acknowledgements(*place)[0]
 
 
 @pytest.fixture
@@ -168,7 +199,7 @@ def test_a_bad_artifact_is_refused_and_the_old_version_keeps_serving(
     damage(root / "bad", root)
     # A digest the cache does not hold yet, so that the damaged files are really read.
     digest = general.digest if damage is not with_changed_byte else "0" * 64
-    shutil.rmtree(replica.follower._cache_dir / general.digest)
+    shutil.rmtree(replica.followers[DRAFT]._cache_dir / general.digest)
     replica.point_at(root / "bad", version=2, digest=digest)
     ack = replica.acknowledged(2)
     assert ack.state == "refused"
@@ -229,9 +260,8 @@ def test_a_pointer_store_that_began_anew_is_followed_and_one_that_lost_its_last_
     lagging, anew = MemoryPointers(), MemoryPointers()
     lagging.advance(before, expected_generation=0)
     second = Replica(target, lagging, root, tmp_path / "cache")
-    second.runner.start()
-    second.follower.start()
-    second.follower.look()
+    second.start()
+    second.followers[DRAFT].look()
     assert second.runner.draft_version == 3
     second.stop()
     third = Replica(target, anew, root, tmp_path / "cache")
@@ -267,6 +297,99 @@ def test_a_replica_starts_from_the_last_good_version_with_the_store_down(
     wait_for(lambda: second.runner.draft_version == 7)
     assert second.runner.engine.draft_digest == general.digest
     second.stop()
+
+
+def test_every_domain_has_a_draft_of_its_own_or_that_of_the_default_domain(
+    replica: Replica, root: Path, general: Checkpoint, sibling: Checkpoint
+) -> None:
+    shutil.copytree(MODELS / "draft-2m-sibling", root / "sql", ignore=shutil.ignore_patterns("*.md"))
+    replica.point_at(root / "good", version=4, digest=general.digest)
+    replica.acknowledged(1)
+    assert replica.acknowledged(0, place=SQL).version == 0
+    replica.point_at(root / "sql", version=2, digest=sibling.digest, place=SQL)
+    ack = replica.acknowledged(1, place=SQL)
+    assert (ack.state, ack.domain, ack.version, ack.digest) == ("serving", "sql", 2, sibling.digest)
+    assert replica.runner.engine.draft_versions == {"default": 4, "sql": 2}
+    assert replica.runner.draft_version == 4
+    served = {"role": "draft", "domain": "sql"}
+    assert replica.metrics.registry.get_sample_value("slipstream_served_version", served) == 2
+    replica.point_at(root, version=0, digest="", place=SQL)
+    assert replica.acknowledged(2, place=SQL).version == 0
+    assert replica.runner.engine.draft_digest == general.digest
+
+
+def test_last_good_versions_of_all_places_serve_with_the_store_down(
+    target: Checkpoint, root: Path, general: Checkpoint, sibling: Checkpoint, tmp_path: Path
+) -> None:
+    shutil.copytree(MODELS / "draft-2m-sibling", root / "sql", ignore=shutil.ignore_patterns("*.md"))
+    matrix = stored_matrix(root / "matrix", target.config.vocab_size)
+    first = Replica(target, MemoryPointers(), root, tmp_path / "cache")
+    first.start()
+    first.point_at(root / "good", version=7, digest=general.digest)
+    first.point_at(root / "sql", version=3, digest=sibling.digest, place=SQL)
+    first.point_at(root / "matrix", version=5, digest=matrix, place=MATRIX)
+    for place in (DRAFT, SQL, MATRIX):
+        first.acknowledged(1, place=place)
+    first.stop()
+    shutil.rmtree(root)
+    second = Replica(target, DownPointers(), root, tmp_path / "cache")
+    second.start()
+    served = {place: follower._served for place, follower in second.followers.items()}
+    wait_for(lambda: [one.version for one in served.values()] == [7, 3, 5])
+    assert [one.digest for one in served.values()] == [general.digest, sibling.digest, matrix]
+    second.stop()
+
+
+def stored_matrix(directory: Path, vocab_size: int, *, behind: int = 5) -> str:
+    """A matrix that knows one row, as an artifact; its digest."""
+    matrix = empty_adjacency(vocab_size)
+    remember(matrix, np.array([behind], np.int32), np.array([[6, 7]], np.int32), np.log([[0.75, 0.25]]))
+    return save_matrix(directory, matrix)
+
+
+def test_a_matrix_is_installed_from_its_pointer_and_version_0_begins_with_an_empty_one(
+    replica: Replica, root: Path, target: Checkpoint
+) -> None:
+    assert replica.acknowledged(0, place=MATRIX).version == 0
+    digest = stored_matrix(root / "matrix", target.config.vocab_size)
+    replica.point_at(root / "matrix", version=3, digest=digest, place=MATRIX)
+    ack = replica.acknowledged(1, place=MATRIX)
+    assert (ack.state, ack.role, ack.version, ack.digest) == ("serving", "recycling", 3, digest)
+    assert replica.runner.draft_version == 0
+    replica.point_at(root, version=0, digest="", place=MATRIX)
+    ack = replica.acknowledged(2, place=MATRIX)
+    assert (ack.state, ack.version, ack.digest) == ("serving", 0, "")
+
+
+@pytest.mark.parametrize("fault", ["vocabulary", "digest", "truncated", "a draft", "pickle", "target"])
+def test_a_matrix_that_does_not_fit_is_refused_and_the_last_one_stays(
+    replica: Replica, root: Path, target: Checkpoint, general: Checkpoint, fault: str
+) -> None:
+    vocab_size = target.config.vocab_size
+    good = stored_matrix(root / "matrix", vocab_size)
+    replica.point_at(root / "matrix", version=1, digest=good, place=MATRIX)
+    replica.acknowledged(1, place=MATRIX)
+    bad = stored_matrix(root / "bad", 512 if fault == "vocabulary" else vocab_size, behind=9)
+    changes: dict[str, object] = {}
+    if fault == "digest":
+        bad = "0" * 64
+    elif fault == "truncated":
+        path = root / "bad" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif fault == "a draft":
+        changes, bad = {"artifact_uri": (root / "good").as_uri()}, general.digest
+    elif fault == "pickle":
+        (root / "bad" / "extra.bin").write_bytes(b"\x80\x04N.")
+    elif fault == "target":
+        changes = {"target_digest": "another"}
+    replica.point_at(root / "bad", version=2, digest=bad, place=MATRIX, **changes)
+    ack = replica.acknowledged(2, place=MATRIX)
+    assert (ack.state, ack.version, ack.digest) == ("refused", 1, good)
+    reasons = {"vocabulary": "vocabulary", "digest": "digest", "target": "target"}
+    refused = replica.metrics.registry.get_sample_value(
+        "slipstream_swap_refusals_total", {"reason": reasons.get(fault, "format")}
+    )
+    assert refused == 1
 
 
 def test_the_digest_is_of_values_not_of_files(tmp_path: Path, general: Checkpoint) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from slipstream.config import Addresses, Config, Tenant, load_config, load_tenants, log_kind
+from slipstream.config import Addresses, Config, Tenant, load_config, load_tenants, log_kind, served_places
 from slipstream.errors import ConfigError
+from slipstream.versions import DRAFT, MATRIX
 
 KNOBS = {
     "serving": {
         "target",
         "initial_draft",
+        "draft_domains",  # a draft costs memory, and callers name domains: only an operator can say which are worth it
         "model_name",
         "host",
         "port",
@@ -26,7 +28,9 @@ KNOBS = {
         "max_step_tokens",
         "max_context_tokens",
         "kv_cache_tokens",  # memory no longer follows from slots times context: blocks are shared, so it needs a bound
+        "drafting",  # "auto" decides by what it measures; the others are for comparison, and to be sure
         "num_draft_tokens",
+        "max_draft_nodes",  # what the budget may reach: memory for nodes is set aside at start
         "pointer_poll_s",
     },
     "observing": {"top_n", "max_queued_records", "log_max_records"},
@@ -93,6 +97,9 @@ def test_named_values_replace_defaults_and_leave_the_others(toml: Path) -> None:
         ("[servng]\nport = 1\n", "servng"),
         ("port = 1\n", "port"),
         ("[serving]\nport = 0\n", r"serving\.port"),
+        ('[serving]\ndraft_domains = ["Math"]\n', r"serving\.draft_domains"),
+        ('[serving]\ndraft_domains = ["../math"]\n', r"serving\.draft_domains"),
+        (f"[serving]\ndraft_domains = {[f'd{number}' for number in range(16)]}\n", r"serving\.draft_domains"),
         ("[serving]\nport = 65536\n", r"serving\.port"),
         ("[serving]\nport = '8000'\n", r"serving\.port"),
         ("[serving]\nnum_draft_tokens = 17\n", r"serving\.num_draft_tokens"),
@@ -117,6 +124,18 @@ def test_an_unknown_key_a_wrong_type_or_range_is_named(toml: Path, text: str, na
     toml.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=named):
         load_config({"SLIPSTREAM_CONFIG": str(toml)})
+
+
+@pytest.mark.parametrize("domains", ['["sql", "sql"]', '["default"]'])
+def test_domains_named_twice_or_like_the_default_stop_the_start(toml: Path, domains: str) -> None:
+    with pytest.raises(ConfigError, match=r"serving\.draft_domains is .*different names without 'default'"):
+        load_text(toml, f"[serving]\ndraft_domains = {domains}\n")
+
+
+def test_every_domain_with_a_draft_is_served_beside_the_default_one_and_the_matrix(toml: Path) -> None:
+    assert served_places(Config().serving) == (DRAFT, MATRIX)
+    serving = load_text(toml, '[serving]\ndraft_domains = ["sql", "math_2"]\n').serving
+    assert served_places(serving) == (DRAFT, ("draft", "sql"), ("draft", "math_2"), MATRIX)
 
 
 def test_a_cache_smaller_than_one_context_stops_the_start(toml: Path) -> None:
