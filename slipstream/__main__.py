@@ -1,4 +1,4 @@
-"""`slipstream status | rollback | freeze | unfreeze | doctor`, also as `python -m slipstream`.
+"""`slipstream status | rollback | register | freeze | unfreeze | doctor`, also as `python -m slipstream`.
 
 Exit codes: 0 in order, 1 skew, outage or a refused change, 2 wrong arguments or settings.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from slipstream.doctor import examine
 from slipstream.errors import ConfigError, SlipstreamError
 from slipstream.rollback import rollback
 from slipstream.status import problems, read_status, render, short
-from slipstream.stores.opening import open_pointers
+from slipstream.stores.opening import open_pointers, open_registry
 from slipstream.stores.protocols import PointerStore
 from slipstream.versions import DEFAULT_DOMAIN
 
@@ -72,12 +73,16 @@ def _parser() -> argparse.ArgumentParser:
         who = os.environ.get("USER", "an operator")
         sub.add_argument("--reason", default=f"by {who}", help="kept in the history (default: who asked)")
 
-    status = add("status", _status, "the pointer beside what every replica acknowledges, workers, last decisions")
+    add("status", _status, "every pointer beside what the replicas acknowledge, workers, last decisions")
     back = add("rollback", _rollback, "move the pointer to an earlier version and freeze promotion")
-    back.add_argument("--to", type=int, metavar="VERSION", help="default: the one before; 0 serves without a draft")
-    for sub in (status, back):
-        sub.add_argument("--domain", default=DEFAULT_DOMAIN)
+    back.add_argument("--to", type=int, metavar="VERSION", help="default: the one before; 0 serves without one")
+    back.add_argument("--role", choices=["draft", "recycling"], default="draft", help="recycling: the matrix")
     add_reason(back)
+    register = add("register", _register, "offer the gate a draft that was made elsewhere")
+    register.add_argument("directory", type=Path, help="a checkpoint of the target's vocabulary")
+    register.add_argument("--note", default="registered by hand", help="kept in the version's lineage")
+    for sub in (back, register):
+        sub.add_argument("--domain", default=DEFAULT_DOMAIN)
     add_reason(add("freeze", _freeze, "refuse promotions until `unfreeze`"))
     add("unfreeze", _unfreeze, "allow promotions again")
     add("doctor", _doctor, "versions, extensions and servers within reach of this machine")
@@ -85,18 +90,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _status(settings: Settings, parsed: argparse.Namespace) -> int:
-    status = _with_pointers(settings, lambda it: read_status(it, role="draft", domain=parsed.domain, at=time.time()))
+    status = _with_pointers(settings, lambda it: read_status(it, at=time.time()))
     print(render(status))
     return 1 if problems(status) else 0
 
 
 def _rollback(settings: Settings, parsed: argparse.Namespace) -> int:
     def move(pointers: PointerStore) -> Any:
-        return rollback(pointers, role="draft", domain=parsed.domain, to_version=parsed.to, reason=parsed.reason)
+        return rollback(pointers, role=parsed.role, domain=parsed.domain, to_version=parsed.to, reason=parsed.reason)
 
     pointer = _with_pointers(settings, move)
-    print(f"draft/{parsed.domain} is at v{pointer.version} {short(pointer.digest)}, generation {pointer.generation}")
+    place = f"{pointer.role}/{pointer.domain}"
+    print(f"{place} is at v{pointer.version} {short(pointer.digest)}, generation {pointer.generation}")
     print("promotion is frozen; `slipstream unfreeze` releases it")
+    return 0
+
+
+def _register(settings: Settings, parsed: argparse.Namespace) -> int:
+    # Imported here: an operator's status and rollback must not wait for torch, nor need it.
+    from slipstream.registration import offer_draft  # noqa: PLC0415
+
+    registry = open_registry(settings)
+    try:
+        version = offer_draft(registry, settings, parsed.directory, domain=parsed.domain, note=parsed.note)
+    finally:
+        registry.close()
+    print(f"draft/{version.domain} has v{version.version} {short(version.digest)} as the gate's challenger")
     return 0
 
 

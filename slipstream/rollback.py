@@ -22,7 +22,7 @@ def rollback(
     """Point at an earlier version and freeze promotion in the same step; the pointer that was set.
 
     `to_version` None means the version that the current one replaced (what rollbacks undid does not count); for the
-    first version that is 0, which serves without a draft. Takes a new fencing token first, so that no promoter moves
+    first version that is 0, which serves without one. Takes a new fencing token first, so that no promoter moves
     the pointer meanwhile.
     Raises UnknownVersion if the history does not hold that version, or if there is no pointer yet; StalePointer or
     StaleFence if another operator was faster.

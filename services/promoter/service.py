@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from slipstream.config import Settings
+from slipstream.config import Settings, served_places
 from slipstream.models.checkpoint import target_digest
 from slipstream.models.config import read_config
-from slipstream.promoter import Promoter, initial_draft_dir, seed
+from slipstream.promoter import Fence, Promoter, initial_draft_dir, seed
 from slipstream.promotion import PromotionGate
 from slipstream.stores.opening import open_pointers, open_registry
 from slipstream.stores.protocols import ModelRegistry, PointerStore, WorkerStatus
@@ -21,11 +22,11 @@ _NO_LAG = -1
 
 
 class PromoterService:
-    """Process concerns around a `Promoter`: the draft of day one, status."""
+    """Process concerns around the promoters of all places: the draft of day one, status."""
 
     def __init__(
         self,
-        promoter: Promoter,
+        promoters: Sequence[Promoter],
         pointers: PointerStore,
         registry: ModelRegistry,
         *,
@@ -33,7 +34,7 @@ class PromoterService:
         target_digest: str,
         vocab_size: int,
     ) -> None:
-        self._promoter = promoter
+        self._promoters = promoters
         self._pointers = pointers
         self._registry = registry
         self._initial_draft = initial_draft
@@ -41,7 +42,7 @@ class PromoterService:
         self._vocab_size = vocab_size
 
     def turn(self) -> bool:
-        """Seed if that is still to be done, decide, report; whether the gate said something new."""
+        """Seed if that is still to be done, decide for every place, report; whether the gate said something new."""
         if self._initial_draft is not None:
             seed(
                 self._pointers,
@@ -51,10 +52,10 @@ class PromoterService:
                 vocab_size=self._vocab_size,
             )
             self._initial_draft = None
-        decision = self._promoter.turn()
+        decisions = [promoter.turn() for promoter in self._promoters]
         detail = "frozen" if self._pointers.frozen() is not None else "deciding"
         self._pointers.report_worker(WorkerStatus(worker=NAME, lag=_NO_LAG, detail=detail, at=time.time()))
-        return decision is not None
+        return any(decision is not None for decision in decisions)
 
 
 def run(settings: Settings) -> None:
@@ -66,20 +67,19 @@ def run(settings: Settings) -> None:
     vocab_size = read_config(Path(serving.target) / "config.json").vocab_size
     initial_draft = initial_draft_dir(serving.initial_draft, vocab_size=vocab_size)
     registry, pointers = open_registry(settings), open_pointers(settings)
-    promoter = Promoter(
-        pointers,
-        registry,
-        gate=PromotionGate(
-            margin=gate.margin,
-            domain_tolerance=gate.domain_tolerance,
-            error_rate=gate.error_rate,
-            min_requests=gate.min_requests,
-        ),
-        target_digest=digest,
-        metrics=metrics,
+    thresholds = PromotionGate(
+        margin=gate.margin,
+        domain_tolerance=gate.domain_tolerance,
+        error_rate=gate.error_rate,
+        min_requests=gate.min_requests,
     )
+    fence = Fence(pointers)
+    promoters = [
+        Promoter(pointers, registry, gate=thresholds, target_digest=digest, metrics=metrics, place=place, fence=fence)
+        for place in served_places(serving)
+    ]
     service = PromoterService(
-        promoter,
+        promoters,
         pointers,
         registry,
         initial_draft=initial_draft,

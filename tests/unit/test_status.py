@@ -60,8 +60,9 @@ def served() -> MemoryPointers:
 
 def look(**changes: object) -> str:
     """The rendered status of one pointer and one replica whose word has these changes."""
-    status = read_status(served(), role="draft", domain="default", at=NOW)
-    status = msgspec.structs.replace(status, acknowledgements=(acknowledgement(**changes),))
+    pointers = served()
+    pointers.acknowledge(acknowledgement(**changes))
+    status = read_status(pointers, at=NOW)
     assert len(problems(status)) == (0 if not changes else 1)
     return render(status)
 
@@ -90,11 +91,11 @@ NO_WORKER = "no worker heard: distiller, evaluator and promoter never reached th
 
 
 def test_a_pointer_that_nobody_acknowledges_is_a_problem() -> None:
-    assert problems(read_status(served(), role="draft", domain="default", at=NOW)) == [NO_REPLICA]
+    assert problems(read_status(served(), at=NOW)) == [NO_REPLICA]
 
 
 def test_a_store_that_nobody_uses_is_no_service_in_order() -> None:
-    status = read_status(MemoryPointers(), role="draft", domain="default", at=NOW)
+    status = read_status(MemoryPointers(), at=NOW)
     assert problems(status) == [NO_REPLICA, NO_WORKER]
     assert "ok " not in render(status)
 
@@ -103,9 +104,30 @@ def test_no_pointer_yet_is_no_problem_where_replicas_and_workers_are_heard() -> 
     pointers = MemoryPointers()
     pointers.acknowledge(acknowledgement(version=0, digest="", generation=0))
     pointers.report_worker(WorkerStatus(worker="promoter", lag=-1, detail="deciding", at=NOW - 2))
-    status = read_status(pointers, role="draft", domain="default", at=NOW)
+    status = read_status(pointers, at=NOW)
     assert problems(status) == []
     assert render(status).endswith("ok         every replica runs what the pointer says")
+
+
+def test_every_place_has_its_pointer_and_replicas_and_problems_say_where() -> None:
+    pointers = served()
+    pointers.acknowledge(acknowledgement())
+    pointers.acknowledge(acknowledgement(role="recycling", version=0, digest="", generation=0))
+    pointers.acknowledge(acknowledgement(domain="sql", version=0, digest="", generation=0))
+    status = read_status(pointers, at=NOW)
+    assert problems(status) == []
+    text = render(status)
+    assert "pointer    draft/sql  none yet: requests of this domain use the draft of default" in text
+    assert "pointer    recycling/default  none yet: Token Recycling starts empty" in text
+    for place in ({"role": "recycling"}, {"domain": "sql"}):
+        token = pointers.issue_fencing_token()
+        pointers.advance(pointer(fencing_token=token, **place), expected_generation=0)
+    pointers.advance(pointer(fencing_token=pointers.issue_fencing_token(), domain="math"), expected_generation=0)
+    assert problems(read_status(pointers, at=NOW)) == [
+        "draft/math: no replica follows this pointer; is the domain named in serving.draft_domains?",
+        "draft/sql: replica-1 runs generation 0, the pointer is at 1",
+        "recycling/default: replica-1 runs generation 0, the pointer is at 1",
+    ]
 
 
 def test_a_silent_worker_is_a_problem_and_a_frozen_pointer_says_why() -> None:
@@ -114,7 +136,7 @@ def test_a_silent_worker_is_a_problem_and_a_frozen_pointer_says_why() -> None:
     pointers.acknowledge(acknowledgement(version=0, digest="", generation=0))
     pointers.report_worker(WorkerStatus(worker="distiller", lag=3, detail="training", at=NOW - 500))
     pointers.report_worker(WorkerStatus(worker="evaluator", lag=0, detail="waiting", at=NOW - 5))
-    status = read_status(pointers, role="draft", domain="default", at=NOW)
+    status = read_status(pointers, at=NOW)
     assert problems(status) == ["distiller has been silent for 8 min"]
     assert "FROZEN: bad traffic" in render(status)
     assert "evaluator  lag 0 records, heard 5 s ago  waiting" in render(status)
@@ -137,11 +159,11 @@ def test_decisions_come_with_their_reasons_newest_first() -> None:
                 at=NOW - 10 + version,
             )
         )
-    lines = render(read_status(pointers, role="draft", domain="default", at=NOW)).splitlines()
+    lines = render(read_status(pointers, at=NOW)).splitlines()
     decisions = [line for line in lines if line.startswith("decision")]
     assert decisions == [
-        "decision   promote v3 over v1, 7 s ago: because 3",
-        "decision   hold v2 over v1, 8 s ago: because 2",
+        "decision   draft/default promote v3 over v1, 7 s ago: because 3",
+        "decision   draft/default hold v2 over v1, 8 s ago: because 2",
     ]
 
 
