@@ -2,7 +2,8 @@
 
     ingest    training observations go to the replay buffer, durably; the rest is counted and dropped
     train     steps are owed per new observation, so training runs while observations arrive and stops with them
-    publish   stage artifact -> register -> settle buffer, save student -> alias challenger -> prune
+    publish   stage artifact -> register -> settle buffer, save student -> alias challenger -> prune; then the same for
+              the Token Recycling matrix of the same observations (`learning.matrices`)
     (caller)  commits `settled_ends` to the log: only now may the log forget
 
 What makes a crash at any point harmless: the registry's lineages say which offsets versions cover; the buffer says
@@ -23,17 +24,18 @@ import msgspec
 from slipstream.engine.artifact import load_verified, local_path
 from slipstream.errors import ArtifactRejected, CheckpointError, RecordError
 from slipstream.learning.distillation import Student, is_trainable, make_batch
+from slipstream.learning.matrices import MatrixVersions
 from slipstream.learning.replay import Kept, ReplayBuffer
 from slipstream.models.checkpoint import Checkpoint, check_draft, load_checkpoint
 from slipstream.models.decoder import initial_draft
-from slipstream.promoter import ROLE
 from slipstream.records import Observation, decode_observation, is_held_out, observation_id
 from slipstream.stores.protocols import LogEntry, ModelRegistry, PointerStore
 from slipstream.telemetry import WorkerMetrics
-from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION, Lineage, ModelVersion, OffsetRange, ServingPointer
+from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION, Lineage, ModelVersion, OffsetRange, Role, ServingPointer
 
 _logger = logging.getLogger(__name__)
 
+ROLE: Role = "draft"
 LINEAGE_FILE = "lineage.json"
 _PROTECTED_HISTORY = 10
 _MAX_WAITING_VERSIONS = 4
@@ -108,6 +110,15 @@ class Distiller:
         self._outgoing: _Outgoing | None = None
         self._unaliased = NO_VERSION
         self._warned_of_gap = False
+        self._matrices = MatrixVersions(
+            registry,
+            pointers,
+            target_digest=curriculum.target_digest,
+            vocab_size=curriculum.vocab_size,
+            keep_versions=curriculum.keep_versions,
+            staging_dir=state_dir / "outgoing-matrix",
+            artifact_root=artifact_root,
+        )
 
     @property
     def settled_ends(self) -> dict[int, int]:
@@ -150,6 +161,7 @@ class Distiller:
         self._steps_owed = len(self._pending) * self._steps_per_observation()
         newest_trained = max(ours, default=NO_VERSION)
         self._restore_student(newest_trained, versions)
+        self._matrices.resume(kept.observation for kept in self._buffer.kept())
         self._buffer.settle(self._settled)
         challenger = self._registry.alias(ROLE, self._curriculum.domain, "challenger")
         if newest_trained in {version.version for version in versions} and (challenger or NO_VERSION) < newest_trained:
@@ -181,7 +193,10 @@ class Distiller:
         return num_steps
 
     def publish(self) -> ModelVersion | None:
-        """Register the next version if it is due, and finish what an outage interrupted; the new version or None."""
+        """Register the next draft version, if due, and its matrix; the draft's version, or None.
+
+        Finishes what an outage interrupted.
+        """
         registered = None
         if self._outgoing is None and self._is_due():
             self._outgoing = self._stage()
@@ -198,6 +213,7 @@ class Distiller:
             self._registry.set_alias(ROLE, self._curriculum.domain, "challenger", self._unaliased)
             self._unaliased = NO_VERSION
             self._prune()
+        self._matrices.publish()
         return registered
 
     def _take_in(self, entry: LogEntry) -> str:
@@ -222,6 +238,7 @@ class Distiller:
             return "duplicate"
         self._buffer.append(Kept(entry.partition, entry.offset, observation))
         self._pending[name] = (entry.partition, entry.offset)
+        self._matrices.take_in(observation)
         return "train"
 
     def _is_wanted(self, observation: Observation) -> bool:
@@ -277,6 +294,7 @@ class Distiller:
             observation_ids=tuple(sorted(self._pending)),
         )
         (directory / LINEAGE_FILE).write_bytes(msgspec.json.encode(names))
+        self._matrices.stage(lineage)
         return _Outgoing(digest, lineage)
 
     def _settle(self, version: ModelVersion) -> None:

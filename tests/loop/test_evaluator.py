@@ -10,23 +10,28 @@ from typing import Any
 import pytest
 import torch
 
+from slipstream.drafting.recycling_artifact import save_matrix
+from slipstream.engine.artifact import local_path
 from slipstream.errors import StoreUnavailable
 from slipstream.learning.distillation import Student, make_batch
-from slipstream.learning.evaluator import Evaluator, Exam
+from slipstream.learning.evaluator import Evaluator
+from slipstream.learning.judge import Exam
+from slipstream.learning.matrix_replay import rows_of
 from slipstream.learning.replay import ReplayBuffer
 from slipstream.models.checkpoint import save_checkpoint
 from slipstream.models.decoder import initial_draft
 from slipstream.promoter import advance
-from slipstream.promotion import PromotionGate, decide
-from slipstream.records import encode, is_held_out
+from slipstream.promotion import EvaluationReport, PromotionGate, decide
+from slipstream.records import Observation, encode, is_held_out
 from slipstream.stores.memory import MemoryLog, MemoryPointers, MemoryRegistry
 from slipstream.stores.protocols import LogEntry
 from slipstream.telemetry import MAX_DOMAINS, WorkerMetrics
-from slipstream.versions import DEFAULT_DOMAIN, Lineage, ModelVersion
+from slipstream.versions import DRAFT, MATRIX, Lineage, ModelVersion, Place
+from slipstream_kernels.recycling import empty_adjacency, remember
 from tests.observed import TARGET_DIGEST, VOCAB_SIZE, observation, of_another_target
 from workers.evaluator.worker import EvaluatorWorker
 
-DRAFT = ("draft", DEFAULT_DOMAIN)
+SQL = Place("draft", "sql")
 HELD_OUT = [name for name in (f"request-{number}" for number in range(1000)) if is_held_out(name)]
 
 
@@ -58,7 +63,13 @@ class Room:
         self.worker = self.start()
 
     def start(self) -> EvaluatorWorker:
-        exam = Exam(target_digest=TARGET_DIGEST, vocab_size=VOCAB_SIZE, num_draft_tokens=3, num_recent=20)
+        exam = Exam(
+            target_digest=TARGET_DIGEST,
+            vocab_size=VOCAB_SIZE,
+            num_draft_tokens=3,
+            num_recent=20,
+            places=(DRAFT, SQL, MATRIX),
+        )
         evaluator = Evaluator(
             self.registry,
             self.pointers,
@@ -72,19 +83,33 @@ class Room:
     def send(self, names: list[str], *, domain: str = "count") -> None:
         self.log.append([(name, encode(observation(name, domain=domain))) for name in names])
 
-    def add(self, weights: dict[str, torch.Tensor], *, parent: int = 0) -> ModelVersion:
+    def add(self, weights: dict[str, torch.Tensor], *, parent: int = 0, place: Place = DRAFT) -> ModelVersion:
         """A new version, and the challenger alias at it."""
-        directory = self.root / f"staged-{parent}"
+        directory = self.root / f"staged-{'-'.join(place)}-{parent}"
         config, _ = initial_draft(VOCAB_SIZE, seed=0)
         digest = save_checkpoint(directory, config, weights)
+        return self.register(directory, digest, parent=parent, place=place)
+
+    def add_matrix(self, observations: list[Observation], *, parent: int = 0) -> ModelVersion:
+        """A matrix that saw these, and the challenger alias at it."""
+        directory, matrix = self.root / f"matrix-{parent}", empty_adjacency(VOCAB_SIZE)
+        for one in observations:
+            remember(matrix, *rows_of(one))
+        return self.register(directory, save_matrix(directory, matrix), parent=parent, place=MATRIX)
+
+    def register(self, directory: Path, digest: str, *, parent: int, place: Place) -> ModelVersion:
         lineage = Lineage(target_digest=TARGET_DIGEST, parent_version=parent)
-        version = self.registry.register(*DRAFT, directory, digest=digest, lineage=lineage)
-        self.registry.set_alias(*DRAFT, "challenger", version.version)
+        version = self.registry.register(*place, directory, digest=digest, lineage=lineage)
+        self.registry.set_alias(*place, "challenger", version.version)
         return version
+
+    def report(self, version: ModelVersion) -> EvaluationReport | None:
+        return self.registry.report(version.role, version.domain, version.version)
 
     def serve(self, version: ModelVersion) -> None:
         token = self.pointers.issue_fencing_token()
-        advance(self.pointers, version, after=self.pointers.read(*DRAFT), fencing_token=token, reason="test")
+        current = self.pointers.read(version.role, version.domain)
+        advance(self.pointers, version, after=current, fencing_token=token, reason="test")
 
     def run(self) -> None:
         num_idle = 0
@@ -279,3 +304,76 @@ def test_a_report_has_a_bounded_number_of_domains_whatever_callers_name(
     assert len(report.domains) == MAX_DOMAINS
     assert "other" in {one.domain for one in report.domains}
     assert sum(len(one.differences) for one in report.domains) == 30
+
+
+def test_a_draft_of_a_domain_is_judged_on_its_traffic_against_what_serves_it_now(
+    tmp_path: Path, drafts: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:15], domain="math")
+    room.send(HELD_OUT[15:27], domain="sql")
+    plain = room.add(drafts["taught"], place=SQL)
+    room.run()
+    against_nothing = room.report(plain)
+    assert against_nothing is not None
+    assert [(one.domain, len(one.differences)) for one in against_nothing.domains] == [("sql", 12)]
+    assert [one.champion_acceptance_length for one in against_nothing.domains] == [1.0]
+    room.serve(room.add(drafts["taught"]))
+    fresh = room.add(drafts["fresh"], parent=1, place=SQL)
+    room.run()
+    against_default = room.report(fresh)
+    assert against_default is not None
+    assert against_default.champion_version == 0
+    assert against_default.champion_overlap > against_default.challenger_overlap
+    assert all(difference < 0 for difference in against_default.recent)
+
+
+def test_a_further_look_at_a_domains_draft_waits_for_requests_of_that_domain(
+    tmp_path: Path, drafts: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:8], domain="sql")
+    version = room.add(drafts["fresh"], place=SQL)
+    room.run()
+    room.send(HELD_OUT[8:20], domain="math")
+    room.run()
+    report = room.report(version)
+    assert report is not None
+    assert report.look == 1
+    room.send(HELD_OUT[20:24], domain="sql")
+    room.run()
+    report = room.report(version)
+    assert report is not None
+    assert (report.look, len(report.recent)) == (2, 12)
+
+
+def test_a_matrix_is_judged_by_what_it_would_have_drafted(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:14])
+    seen = [observation(f"train-{number}", num_tokens=VOCAB_SIZE) for number in range(2)]
+    knowing = room.add_matrix(seen)
+    room.run()
+    report = room.report(knowing)
+    assert report is not None
+    assert (report.role, report.champion_version, len(report.recent)) == ("recycling", 0, 14)
+    assert decide(PromotionGate(), report, at=0.0).verdict == "promote"
+    room.serve(knowing)
+    same = room.add_matrix([*seen, observation("one more")], parent=1)
+    room.run()
+    report = room.report(same)
+    assert report is not None
+    assert report.champion_version == knowing.version
+    assert decide(PromotionGate(), report, at=0.0).verdict == "hold"
+
+
+def test_a_damaged_matrix_is_refused_once_and_never_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    room = Room(tmp_path)
+    room.send(HELD_OUT[:12])
+    version = room.add_matrix([observation("train")])
+    path = local_path(version.artifact_uri, tmp_path / "artifacts") / "model.safetensors"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-8])
+    room.run()
+    room.run()
+    assert room.report(version) is None
+    assert sum("recycling version 1 is not judged" in record.message for record in caplog.records) == 1

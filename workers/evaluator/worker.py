@@ -1,4 +1,4 @@
-"""The evaluator as a process: one turn keeps held-out observations, commits, and judges the challenger if due."""
+"""The evaluator as a process: one turn keeps held-out observations, commits, and judges a challenger if due."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from slipstream.config import Settings, log_kind
-from slipstream.learning.evaluator import Evaluator, Exam
+from slipstream.config import Settings, log_kind, served_places
+from slipstream.learning.evaluator import Evaluator
+from slipstream.learning.judge import Exam
 from slipstream.learning.replay import ReplayBuffer
 from slipstream.models.checkpoint import target_digest
 from slipstream.models.config import read_config
@@ -119,4 +120,5 @@ def exam_of(settings: Settings) -> Exam:
         vocab_size=read_config(target / "config.json").vocab_size,
         num_draft_tokens=settings.config.serving.num_draft_tokens,
         num_recent=settings.config.gate.recent_requests,
+        places=served_places(settings.config.serving),
     )
