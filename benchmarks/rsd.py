@@ -6,6 +6,9 @@ request, which has no draft, is left out, and so is a last one that a stop token
 NUM_TOKENS tokens and had been allowed more, so that no tree is small because its request was about to end. Answers
 that fell into a loop are left out and counted. Intervals of 95 % by a bootstrap over prompts; differences by prompt.
 
+"merged" is what a service drafts with, held to the budget: chains of up to 8 tokens of the same draft, Token Recycling
+and look-ups in one tree, verified by equality. It has served as many other prompts before, and learns on.
+
 Target: the reference mixture of experts. The good draft learned its domains, the poor one did not. Prompts: gsm8k,
 wikisql, python_docstring and sgd_dialog of DIRECTORY.
 """
@@ -28,6 +31,7 @@ from benchmarks.drafting_figures import is_loop
 from benchmarks.exactness import MODELS, SHARED_QUERIES, TARGET, load_prompts
 from benchmarks.report import Goal, Table, finish, progress
 from slipstream.drafting.drafter import Drafter
+from slipstream.drafting.merge import DraftingOptions
 from slipstream.drafting.rsd import NoiseKind, RsdDrafter, RsdShape, beam_search, constant_branching
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
@@ -48,7 +52,7 @@ BRANCHING = {
 BEAMS = {6: (2, 3), 10: (2, 5), 14: (2, 7), 21: (3, 7), 30: (5, 6)}
 """Beams and levels."""
 
-NUM_PROMPTS, QUICK_PROMPTS = 40, 12
+NUM_PROMPTS, QUICK_PROMPTS = 32, 12
 QUICK_BUDGETS = (14,)
 NUM_TOKENS = 48
 NUM_RUNNING = 16
@@ -61,11 +65,11 @@ OpenDrafter = Callable[[Checkpoint, int], Drafter]
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to draft and verify. A further drafter, of merged candidates say, is one more entry of WAYS."""
+    """One way to draft and verify; the engine's own merged drafter where nothing is `opened`."""
 
     name: str
     rule: str
-    opened: OpenDrafter
+    opened: OpenDrafter | None
 
 
 def _rsd(draft: Checkpoint, budget: int, *, shape: Callable[[int], RsdShape], noise: NoiseKind) -> RsdDrafter:
@@ -98,7 +102,7 @@ def _way(name: str, rule: str, shape: Callable[[int], RsdShape], noise: NoiseKin
 
 
 CHAIN, BLOCK, SHARED_CHAIN = "chain, token by token", "chain, by block", "chain, shared noise"
-RSD_C, RSD_S, SHARED_S = "RSD-C", "RSD-S", "RSD-S, shared noise"
+RSD_C, RSD_S, SHARED_S, MERGED = "RSD-C", "RSD-S", "RSD-S, shared noise", "merged"
 WAYS = (
     _way(CHAIN, "recursive_rejection", _chain, "independent"),
     _way(BLOCK, "block", _chain, "independent"),
@@ -106,6 +110,7 @@ WAYS = (
     _way(RSD_S, "recursive_rejection", _beams, "independent"),
     _way(SHARED_CHAIN, "equality", _chain, "shared"),
     _way(SHARED_S, "equality", _beams, "shared"),
+    Way(name=MERGED, rule="equality", opened=None),
 )
 
 
@@ -117,21 +122,33 @@ class Decoded(msgspec.Struct, frozen=True):
     is_loop_B: Figures
 
 
-def decode(
-    target: Checkpoint,
-    drafter: Drafter,
-    prompts: Sequence[tuple[int, ...]],
-    *,
-    rule: str,
-    budget: int,
-    temperature: float,
-) -> Decoded:
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """What is decoded how: `earlier` prompts come before those that count, for a drafter that learns."""
+
+    target: Checkpoint
+    draft: Checkpoint
+    prompts: Sequence[tuple[int, ...]]
+    earlier: Sequence[tuple[int, ...]]
+    temperature: float
+
+
+def decode(serving: Serving, way: Way, *, budget: int) -> Decoded:
     """Decode all prompts through an engine, prompt number i under seed i."""
+    engine = _engine(serving, way, budget)
+    if way.opened is None:
+        seeds = range(len(serving.prompts), len(serving.prompts) + len(serving.earlier))
+        _answers(engine, serving.earlier, seeds, serving.temperature, budget)
+    answers = _answers(engine, serving.prompts, range(len(serving.prompts)), serving.temperature, budget)
+    sums = np.array([_sums(blocks) for blocks in answers], dtype=np.float64)
+    return Decoded(*sums.T)
+
+
+def _engine(serving: Serving, way: Way, budget: int) -> Engine:
     engine = Engine(
-        target,
+        serving.target,
         limits=EngineLimits(
             max_running_requests=NUM_RUNNING,
-            max_queued_requests=len(prompts),
+            max_queued_requests=len(serving.prompts),
             max_step_tokens=512,
             max_context_tokens=MAX_CONTEXT_TOKENS,
             num_draft_tokens=budget,
@@ -141,18 +158,27 @@ def decode(
         top_n=1,
         observe=lambda _: None,
         metrics=ReplicaMetrics(),
-        rule=rule,
+        drafting=DraftingOptions(fixed_nodes=budget) if way.opened is None else None,
+        rule=way.rule,
     )
-    engine.install_drafter(drafter)
+    if way.opened is None:
+        engine.install_draft(serving.draft, version=1)
+    else:
+        engine.install_drafter(way.opened(serving.draft, budget))
+    return engine
+
+
+def _answers(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], temperature: float, budget: int
+) -> list[list[TokenBlock]]:
     answers: list[list[TokenBlock]] = [[] for _ in prompts]
-    for index, prompt in enumerate(prompts):
-        engine.submit(_request(index, prompt, temperature, budget), answers[index].append)
+    for seed, prompt, blocks in zip(seeds, prompts, answers, strict=True):
+        engine.submit(_request(seed, prompt, temperature, budget), blocks.append)
     while engine.step():
         for blocks in answers:
             if blocks and blocks[-1].finish_reason is None and _num_tokens(blocks) >= NUM_TOKENS:
                 engine.cancel(blocks[-1].request_id)
-    sums = np.array([_sums(blocks) for blocks in answers], dtype=np.float64)
-    return Decoded(*sums.T)
+    return answers
 
 
 def _request(index: int, prompt: tuple[int, ...], temperature: float, budget: int) -> Request:
@@ -208,22 +234,18 @@ Cells = dict[tuple[str, float, str, int], Decoded]
 
 
 def measure(prompts: Sequence[tuple[int, ...]], budgets: Sequence[int]) -> Cells:
-    """Every way at every budget, with either draft at each temperature."""
+    """Every way at every budget, with either draft at each temperature, on every second of these prompts."""
     target = load_checkpoint(TARGET)
     cells: Cells = {}
     for name, folder in DRAFTS.items():
         draft = load_checkpoint(MODELS / folder)
         for temperature in TEMPERATURES:
+            serving = Serving(
+                target=target, draft=draft, prompts=prompts[::2], earlier=prompts[1::2], temperature=temperature
+            )
             for way in WAYS:
                 for budget in budgets:
-                    cells[name, temperature, way.name, budget] = decode(
-                        target,
-                        way.opened(draft, budget),
-                        prompts,
-                        rule=way.rule,
-                        budget=budget,
-                        temperature=temperature,
-                    )
+                    cells[name, temperature, way.name, budget] = decode(serving, way, budget=budget)
                 figures = [estimate(cells[name, temperature, way.name, budget])[0] for budget in budgets]
                 listed = " ".join(f"{figure:.2f}" for figure in figures)
                 progress(f"{name} draft, temperature {temperature:g}, {way.name}: {listed}")
@@ -246,8 +268,15 @@ def efficiency_table(cells: Cells, draft: str, temperature: float, budgets: Sequ
     )
 
 
-PAIRS = ((RSD_S, CHAIN), (RSD_S, BLOCK), (RSD_C, CHAIN), (SHARED_S, SHARED_CHAIN), (SHARED_S, RSD_S))
-"""Trees and what each is compared with: at last one way to draw the same tree with the other."""
+PAIRS = (
+    (RSD_S, CHAIN),
+    (RSD_S, BLOCK),
+    (RSD_C, CHAIN),
+    (SHARED_S, SHARED_CHAIN),
+    (SHARED_S, RSD_S),
+    (MERGED, SHARED_S),
+)
+"""Trees and what each is compared with: chains, and at last other trees."""
 
 
 def comparison(cells: Cells, budgets: Sequence[int]) -> Table:
@@ -316,7 +345,7 @@ def main() -> int:
     if slipstream_kernels.is_available():
         slipstream_kernels.set_num_threads(2)
     budgets = QUICK_BUDGETS if arguments.quick else BUDGETS
-    prompts = load_prompts(arguments.queries, QUICK_PROMPTS if arguments.quick else NUM_PROMPTS)
+    prompts = load_prompts(arguments.queries, 2 * (QUICK_PROMPTS if arguments.quick else NUM_PROMPTS))
     cells = measure(prompts, budgets)
     tables = [efficiency_table(cells, draft, at, budgets) for draft in DRAFTS for at in TEMPERATURES]
     tables += [comparison(cells, budgets), in_words(cells, budgets)]

@@ -18,7 +18,7 @@ import torch
 
 from slipstream.drafting.drafter import DraftContext, Drafter
 from slipstream.drafting.rsd import NoiseKind, RsdDrafter, RsdShape, beam_search, constant_branching
-from slipstream.drafting.tree import NO_DRAFT, DraftTree, chain_tree, drafting_nodes
+from slipstream.drafting.tree import NO_DRAFT, DraftTree, chain_tree, drafting_nodes, part_of
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import Request, SamplingParams
 from slipstream.engine.sampling import RowsOfRequest, choose_tokens, target_probs
@@ -26,6 +26,7 @@ from slipstream.engine.scheduler import EngineLimits
 from slipstream.models.checkpoint import Checkpoint, load_checkpoint
 from slipstream.models.decoder import causal_logits
 from slipstream.telemetry import ReplicaMetrics
+from slipstream.verification import sound_nodes
 from tests.families import random_checkpoint
 from tests.unit.keyed_decoding import excess, smallest_detectable
 
@@ -74,7 +75,13 @@ def drafter_of(
 
 
 def engine_of(
-    target: Checkpoint, drafter: Drafter | None, rule: str, *, num_running: int = 128, max_context: int = 64
+    target: Checkpoint,
+    drafter: Drafter | None,
+    rule: str,
+    *,
+    num_running: int = 128,
+    max_context: int = 64,
+    num_blocks: int = 1024,
 ) -> Engine:
     engine = Engine(
         target,
@@ -84,6 +91,7 @@ def engine_of(
             max_step_tokens=512,
             max_context_tokens=max_context,
             num_draft_tokens=8,
+            num_blocks=num_blocks,
         ),
         target_digest="",
         replica_id="replica-1",
@@ -243,6 +251,53 @@ def test_a_draft_without_distributions_is_counted_and_decoded_plainly(
 
 def metric(engine: Engine, name: str, **labels: str) -> float:
     return engine.metrics.registry.get_sample_value(f"slipstream_{name}", labels) or 0.0
+
+
+def test_nodes_below_what_is_no_distribution_go_and_the_node_itself_stays() -> None:
+    probs = [[0.5, 0.5], [math.nan, 1.0], [0.25, 0.75], [0.9, 0.2]]
+    tree = DraftTree(
+        token_ids=(0, 1, 1, 0, 1, 1),
+        parents=(-1, -1, 0, 1, 3, 2),
+        drafter="test",
+        version=1,
+        draft_probs_PV=torch.tensor(probs, dtype=torch.float64)[[0, 1, 2, 2, 3]],
+    )
+    assert drafting_nodes(tree) == [-1, 0, 1, 2, 3]
+    nodes = sound_nodes(tree, vocab_size=2)
+    assert nodes == [0, 1, 3]
+    part = part_of(tree, nodes)
+    assert (part.token_ids, part.parents) == ((0, 1, 0), (-1, -1, 1))
+    assert part.draft_probs_PV is not None
+    assert part.draft_probs_PV.tolist() == [probs[0], probs[2]]
+
+
+class Noting:
+    """A drafter that notes what it is asked for."""
+
+    version = 1
+    digest = ""
+
+    def __init__(self, drafter: RsdDrafter) -> None:
+        self._drafter = drafter
+        self.asked: list[tuple[int, int]] = []
+        self.committed = drafter.committed
+        self.release = drafter.release
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
+        self.asked += [(one.sampling.seed, one.num_passes) for one in contexts]
+        return self._drafter.propose(contexts)
+
+
+def test_a_preempted_request_draws_with_fresh_noise(toys: tuple[Checkpoint, Checkpoint]) -> None:
+    target, draft = toys
+    drafter = Noting(drafter_of(draft, beam_search(2, 2)))
+    engine = engine_of(target, drafter, "recursive_rejection", num_running=4, num_blocks=9)
+    answers = answers_of(
+        engine, [[1, 2, 3] * 6 + [first] for first in range(4)] * 2, SamplingParams(seed=0, max_tokens=40)
+    )
+    assert {len(answer) for answer in answers} == {40}
+    assert metric(engine, "preemptions_total") > 0
+    assert len(set(drafter.asked)) == len(drafter.asked)
 
 
 # ------------------------------------------------------------------------------------------------- equality, whatever

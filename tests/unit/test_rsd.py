@@ -190,7 +190,7 @@ def test_a_level_is_one_pass_for_all_requests(draft: Checkpoint, monkeypatch: py
     ],
 )
 def test_a_shape_without_room_gets_its_first_levels(
-    draft: Checkpoint, shape: RsdShape, room: dict[str, int], num_nodes: int
+    draft: Checkpoint, shape: RsdShape, room: dict[str, Any], num_nodes: int
 ) -> None:
     assert len(drafter_of(draft, shape).propose([context(**room)])[0].token_ids) == num_nodes
 
@@ -214,7 +214,7 @@ def test_greedy_requests_get_the_likeliest_siblings_and_the_likeliest_paths(draf
     assert siblings.draft_probs_PV is None
     assert siblings.token_ids == tuple(behind(draft, PROMPT).topk(3).indices.tolist())
     beams = drafter_of(draft, beam_search(2, 2)).propose([context(temperature=0.0)])[0]
-    scores = {}
+    scores: dict[tuple[int, ...], float] = {}
     for first in beams.token_ids[:2]:
         first_logprob = float(behind(draft, PROMPT).double().log_softmax(-1)[first])
         second_V = behind(draft, [*PROMPT, first]).double().log_softmax(-1)
