@@ -33,7 +33,7 @@ def lines(num_requests: int, nodes_each: int) -> Iterator[tuple[str, Callable[[]
     features, parents_X = _forest(rng, num_requests, nodes_each)
     num_nodes = len(parents_X)
     scores_X = rng.random(num_nodes)
-    model, cost = SurvivalModel(scoring=["chain"]), _cost()
+    model, cost = SurvivalModel(scoring={"chain": 1_000}), _cost()
     reading = model.read("chain", features, scores_X)
     survivals_X = along_paths(np.minimum(reading + 0.4 * scores_X, 1.0), parents_X)
     nodes = DrawnNodes(survivals_X, parents_X)

@@ -142,6 +142,18 @@ def test_a_million_equal_tokens_match_all_but_one_and_go_on() -> None:
     assert found == [Continuation((9, 9, 9, 9), LENGTH - 1)]
 
 
+def test_no_token_is_taken_for_another_of_the_same_hash() -> None:
+    """Among so many tokens some share one, of 32 bits; each is new, so none may match."""
+    automaton = SuffixAutomaton()
+    for token in different_tokens():
+        automaton.extend([token])
+        assert automaton.match_length == 0
+
+
+def different_tokens() -> list[int]:
+    return list(dict.fromkeys(np.random.default_rng(5).integers(0, LARGEST, 2**18, np.int32).tolist()))
+
+
 # ------------------------------------------------------------------------------------------------------------- the pool
 
 TOKENS = st.lists(st.sampled_from(SYMBOLS[:3]), max_size=20)
@@ -199,3 +211,12 @@ def test_an_n_gram_that_stands_everywhere_keeps_its_latest_places_only() -> None
     assert pool.num_bytes <= 6 * pool.num_tokens, "little more than the tokens themselves"
     found = pool.look_up(0, [0] * 100, max_tokens=4, max_continuations=32)
     assert found == [Continuation((0,) * number, MAX_MATCH_TOKENS) for number in (1, 2, 3, 4)]
+
+
+def test_no_n_gram_is_taken_for_another_of_the_same_hash() -> None:
+    """Among so many n-grams some share one, of 32 bits, whatever the key; each is found by itself alone."""
+    tokens, pool = different_tokens(), OutputPool(max_tokens=2**18)
+    pool.add(0, tokens)
+    for end in range(3, len(tokens)):
+        found = pool.look_up(0, tokens[end - 3 : end], max_tokens=1, max_continuations=2)
+        assert found == [Continuation((tokens[end],), 3)]

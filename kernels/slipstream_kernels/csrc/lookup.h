@@ -58,8 +58,9 @@ class HashIndex {
 // ending that stood there before.
 //
 // A text of n tokens (at most 2^30) has at most 2n states and n edges beyond the first of each state, so `extend` costs
-// O(1) a token, amortised and whatever the text, and there are at most 100 bytes a token in use, 180 allocated. Hashes
-// are those of a fixed function: who chooses the worst text for it pays with the time of his own request.
+// O(1) a token, amortised and whatever the text, and at most 180 bytes a token are allocated (60 to 92 measured on
+// loops, words, random bits and tokens that all differ). Hashes are those of a fixed function: who chooses the worst
+// text for it pays with the time of his own request.
 class SuffixAutomaton {
    public:
     // Matching endings that are followed: the longest, and the next shorter ones that stood elsewhere too.
@@ -126,8 +127,8 @@ class SuffixAutomaton {
 // a rule: outputs never show one of them a token of another (the target verifies every token), but how fast an answer
 // comes would tell whether somebody wrote it before.
 //
-// Memory: at most 80 bytes a token in use for outputs of 100 tokens, nearly all of it the index. Hashes are keyed by a
-// random number, so that nobody can choose outputs that make the index slow for others.
+// Memory: 61 bytes a token, nearly all of it the index (measured on 65,536 tokens in outputs of 100 random ones), or 4
+// MiB. Hashes are keyed by a random number, so that nobody can choose outputs that make the index slow for others.
 class OutputPool {
    public:
     // Sizes of the n-grams that outputs are found by, longest first; the last is the shortest match there is.
