@@ -112,17 +112,22 @@ QUICK = Grid(
 
 
 class Chosen(msgspec.Struct, frozen=True, kw_only=True):
-    """The requests that a target is measured on at a temperature, and how many were left out and why."""
+    """The requests that a target is measured on at a temperature, and how many of all looked at were left out."""
 
     queries: list[Query]
+    num_prompts: int
     num_loops: int
     num_short: int
 
 
 @functools.cache
-def chosen_queries(source: Path, temperature: float) -> Chosen:
-    """Held-out prompts and the lengths of the answers that the narrow target gives; wider copies give the same."""
+def chosen_queries(source: Path, temperature: float, num_wanted: int) -> Chosen:
+    """Held-out prompts and the lengths of the answers that the narrow target gives; wider copies give the same.
+
+    Twice as many prompts are looked at as are wanted, and all that remain are returned.
+    """
     prompts = held_out_prompts(QUERIES, Tokenizer.from_file(str(source / "tokenizer.json")), seed=SEED)
+    prompts = prompts[: 2 * num_wanted]
     place = {prompt.id: index for index, prompt in enumerate(prompts)}
     queries: list[Query] = []
     num_loops = num_short = 0
@@ -136,7 +141,12 @@ def chosen_queries(source: Path, temperature: float) -> Chosen:
         else:
             queries.append(Query(prompt=prompts[index], seed=index, answer_tokens=len(token_ids)))
     # Requests end in any order; theirs is that of the prompts.
-    return Chosen(queries=sorted(queries, key=lambda one: one.seed), num_loops=num_loops, num_short=num_short)
+    return Chosen(
+        queries=sorted(queries, key=lambda one: one.seed),
+        num_prompts=len(prompts),
+        num_loops=num_loops,
+        num_short=num_short,
+    )
 
 
 def groups_of(queries: Sequence[Query], *, batch: int, number: int) -> list[list[Query]]:
@@ -155,7 +165,8 @@ def measure(size: Size, temperature: float, grid: Grid) -> Iterator[Cell | Learn
             progress(f"{size.name}: left out, {size.source} is not on this machine")
         return
     prepared = prepare(size, source, RESULTS / "models")
-    chosen = chosen_queries(source, temperature)
+    num_wanted = sum(batch * number for batch, number in grid.num_groups.items())
+    chosen = chosen_queries(source, temperature, num_wanted)
     draft = load_checkpoint(adapted_draft(BEST[size.source])[0])
     systems = (System(name=PLAIN), *grid.settings, *BUDGETED)
     runners = _warm_runners(systems, load_checkpoint(prepared.directory), draft, source, temperature)
@@ -175,6 +186,7 @@ def measure(size: Size, temperature: float, grid: Grid) -> Iterator[Cell | Learn
             systems=systems,
             groups=groups_of(queries, batch=batch, number=number),
             served=served,
+            num_prompts=chosen.num_prompts,
             num_loops=chosen.num_loops,
             num_short=chosen.num_short,
             others_share=watch.others_share(),

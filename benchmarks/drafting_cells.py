@@ -11,7 +11,10 @@ from benchmarks.drafting_systems import ADAPTED, PLAIN, Query, Served, System, i
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """One cell: what every system did with each group, and llama.cpp's time over our plain one by what it drafts."""
+    """One cell: what every system did with each group, and llama.cpp's time over our plain one by what it drafts.
+
+    Of `num_prompts` looked at for all cells of its size and temperature `num_loops` and `num_short` were left out.
+    """
 
     name: str
     size: str
@@ -21,6 +24,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     systems: tuple[System, ...]
     groups: list[list[Query]]
     served: dict[str, list[Served]]
+    num_prompts: int
     num_loops: int
     num_short: int
     others_share: float

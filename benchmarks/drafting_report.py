@@ -127,7 +127,7 @@ def _with_bounds(cell: Cell, system: str) -> str:
 def _remarks(cell: Cell) -> str:
     plain = [ids for served in cell.served[PLAIN] for ids in served.token_ids]
     loops = sum(is_loop(ids[:-1]) for ids in plain)
-    text = f"{len(plain)} requests; left out {cell.num_loops} loops, {cell.num_short} short"
+    text = f"{len(plain)} requests; of {cell.num_prompts} left out {cell.num_loops} loops, {cell.num_short} short"
     if loops:
         text += f"; {loops} loops more than foreseen"
     if cell.others_share > MAX_OTHERS_SHARE:
