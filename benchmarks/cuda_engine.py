@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from deploy.local.queries import builtin_streams
-from slipstream.engine.decoders import check_device
-from slipstream.engine.engine import Engine, OpenDecoder
+from slipstream.engine.decoders import OpenDecoder, check_device
+from slipstream.engine.engine import Engine
 from slipstream.engine.plan import BLOCK_TOKENS, NO_NODE, StepPlan
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
 from slipstream.engine.scheduler import EngineLimits

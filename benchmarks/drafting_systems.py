@@ -17,8 +17,8 @@ import numpy as np
 from benchmarks.drafting_prompts import MAX_TOKENS, Prompt
 from benchmarks.reference.corpus import CONTEXT_TOKENS, END
 from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, Source
-from slipstream.engine.decoders import open_decoder
-from slipstream.engine.engine import Engine, OpenDecoder
+from slipstream.engine.decoders import OpenDecoder, open_decoder
+from slipstream.engine.engine import Engine
 from slipstream.engine.plan import BLOCK_TOKENS, NO_NODE, Move, PagedDecoder, StepOutput, StepPlan
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
 from slipstream.engine.scheduler import EngineLimits

@@ -48,6 +48,11 @@ class ReplicaMetrics:
         self.accepted_per_position = counter(
             "accepted_tokens_per_position", "Draft tokens accepted at each position of the draft", "position"
         )
+        self.drafting_steps = counter("drafting_steps", "Steps by what drafted in them: off, floor, chain", "mode")
+        self.calibration_error = gauge(
+            "survival_calibration_error", "Mean of |predicted - real| over drafted nodes, probability"
+        )
+        self.step_time_error = gauge("step_time_error_ratio", "Mean of |predicted - measured| / measured of steps")
         self.request_latency_s = histogram("request_latency_seconds", "From arrival to last token", _LATENCY_S)
         self.first_token_s = histogram("time_to_first_token_seconds", "From arrival to first token", _LATENCY_S)
         self.output_token_s = histogram(

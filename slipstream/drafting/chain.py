@@ -94,8 +94,7 @@ class ChainDrafter:
         if len(level) == len(contexts):
             return chains
         whole = _no_chains(len(contexts), width=chains.token_ids_BD.shape[1])
-        for all_rows, rows in zip(whole, chains, strict=True):
-            all_rows[level] = rows
+        whole.token_ids_BD[level], whole.scores_BD[level], whole.lengths_B[level] = chains
         return whole
 
     def committed(self, slot: int, *, num_tokens: int) -> None:

@@ -72,13 +72,15 @@ class Lesson(msgspec.Struct, frozen=True):
 
 
 class Drafter(Protocol):
-    """Proposes trees for the requests of a batch; output does not depend on what it proposes.
+    """Proposes trees for the requests of a batch; output does not depend on what it proposes."""
 
-    `version` and `digest` name the weights it drafts with.
-    """
+    @property
+    def version(self) -> int:
+        """The version of the weights it drafts with."""
 
-    version: int
-    digest: str
+    @property
+    def digest(self) -> str:
+        """Their digest."""
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
         """One tree per context, in order; NO_DRAFT where it has nothing to propose."""

@@ -39,7 +39,7 @@ ALL_SOURCES: tuple[Source, ...] = ("chain", "recycling", "lookup", "pool")
 _WINDOW_TRIALS = {"chain": 1_000, "lookup": 1_000, "pool": 1_000, "recycling": 8_000, "merged": 8_000}
 _MATCHING = ("lookup", "pool")
 
-_JUDGED_AT_ONCE = 128
+_JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""
 
 _STEPS_BETWEEN_COSTS = 4

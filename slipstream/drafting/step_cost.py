@@ -1,11 +1,12 @@
 """What a step of the target costs on this machine, before it is taken.
 
-    predicted seconds = base(rows, context) + seconds per expert x distinct experts(rows)
+    predicted seconds = pace x (base(rows, context) + seconds per expert x distinct experts(rows))
 
-`base` is a table of measured points with straight lines between them, made at start-up by `measure` and corrected by
-every step that is taken. `distinct experts` is what the rows of a step wake per layer: E (1 - (1 - K/E) ** (n ** a))
-for n rows that each choose K of E experts, where a = 1 would be independent choices and less is what neighbours share;
-it is fitted online. A dense model has no such term.
+`pace` is how the machine does just now beside how it did when it was measured: memory that others share is now half,
+now twice as fast. It follows the last few steps, the rest many. `base` is a table of measured points with straight lines
+between them, made at start-up by `measure` and corrected by every step that is observed. `distinct experts` is what the
+rows of a step wake per layer: E (1 - (1 - K/E) ** (n ** a)) for n rows that each choose K of E experts, where a = 1
+would be independent choices and less is what neighbours share; it is fitted online. A dense model has no such term.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _FORGETTING = 0.995
 
 _LEARNING_RATIO = 0.1
 """Share of a step's error that the table takes over."""
+
+_PACE_RATIO = 0.2
+"""What the newest step counts for the pace."""
 
 _LARGEST_SURPRISE_RATIO = 1.0
 """An error counts up to this share of the prediction: a step that the machine interrupted says little."""
@@ -89,7 +93,7 @@ def distinct_experts(expert_ids_TLK: Tensor | None) -> float | None:
     if expert_ids_TLK is None:
         return None
     ids_TLK = expert_ids_TLK.cpu().numpy()
-    num_layers = ids_TLK.shape[1]
+    num_layers: int = ids_TLK.shape[1]
     is_used = np.zeros((num_layers, int(ids_TLK.max()) + 1), dtype=np.bool_)
     is_used[np.arange(num_layers)[:, None], ids_TLK] = True
     return float(is_used.sum()) / num_layers
@@ -151,6 +155,7 @@ class StepCost:
         if len(self._rows) == 0 or len(self._contexts) == 0 or not _ascending(self._rows, self._contexts):
             raise ValueError(f"rows {measured.rows}, contexts {measured.contexts}: expected both ascending, not empty")
         self._experts = experts
+        self._pace = 1.0
         buckets = np.array((0, *shape_buckets), dtype=np.int64)
         # Entry n is the bucket of n rows.
         self._padded_rows = buckets[np.searchsorted(buckets, np.arange(buckets[-1] + 1))]
@@ -161,13 +166,17 @@ class StepCost:
         self._woken_seconds = float((woken * slower_s).sum())
         seconds = (measured.varied_s_GC + measured.alike_s_GC) / 2
         num_experts = (measured.varied_experts_GC + measured.alike_experts_GC) / 2
-        self._base_s_GC = np.maximum(seconds - self.seconds_per_expert * num_experts, _SMALLEST_S)
+        self._base_s_GC = np.maximum(seconds - self._expert_s * num_experts, _SMALLEST_S)
         self.num_steps = 0
         self.mean_error_ratio = 0.0
 
     @property
     def seconds_per_expert(self) -> float:
-        """What one more distinct expert in every layer adds to a step; 0 for a dense model."""
+        """What one more distinct expert in every layer adds to a step just now; 0 for a dense model."""
+        return self._pace * self._expert_s
+
+    @property
+    def _expert_s(self) -> float:
         return max(self._woken_seconds / self._woken_squared, 0.0) if self._woken_squared > 0 else 0.0
 
     def predict_s(self, num_rows: NDArray[np.int64], *, context_tokens: float) -> Float64:
@@ -182,7 +191,7 @@ class StepCost:
         if len(rows) and rows.max() > self._rows[-1] and len(self._rows) > 1:
             slope = max((points_s[-1] - points_s[-2]) / (self._rows[-1] - self._rows[-2]), 0.0)
             seconds += slope * np.maximum(rows - self._rows[-1], 0.0)
-        return seconds
+        return seconds * self._pace
 
     def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> Float64:
         """Seconds of a step of `num_rows` rows and 0, 1, ... `max_nodes` nodes beside them: max_nodes + 1 entries."""
@@ -195,22 +204,24 @@ class StepCost:
         rows = int(self._padded(np.array([num_rows]))[0])
         predicted = float(self.predict_s(np.array([num_rows]), context_tokens=context_tokens)[0])
         self._note_error(abs(predicted - seconds) / max(seconds, 1e-9))
-        surprise = _LARGEST_SURPRISE_RATIO * predicted
-        error = min(max(seconds - predicted, -surprise), surprise)
+        expected, measured = predicted / self._pace, seconds / self._pace
+        surprise = _LARGEST_SURPRISE_RATIO * expected
+        error = min(max(measured - expected, -surprise), surprise)
         if self._experts and num_experts is not None:
             more = num_experts - float(self._experts.expected(np.array([float(rows)]))[0])
             self._learn_experts(self._experts, more, error)
-            error -= more * self.seconds_per_expert
+            error -= more * self._expert_s
             self._experts.observe(num_rows=num_rows, num_experts=num_experts)
         self._correct(rows, context_tokens, error)
+        self._pace *= 1 + _PACE_RATIO * min(max(error / expected, -0.5), 0.5)
 
     def _learn_experts(self, experts: ExpertUnion, more: float, error: float) -> None:
         """A step woke `more` experts than expected, and took `error` seconds more than predicted."""
-        before = self.seconds_per_expert
+        before = self._expert_s
         self._woken_seconds = _FORGETTING * self._woken_seconds + more * error
         self._woken_squared = _FORGETTING * self._woken_squared + more**2
         # The table gives up what experts now account for: predictions of expected steps stay what they were.
-        change = self.seconds_per_expert - before
+        change = self._expert_s - before
         self._base_s_GC -= change * experts.expected(self._rows)[:, None]
 
     def _note_error(self, error_ratio: float) -> None:
@@ -228,7 +239,7 @@ class StepCost:
         """Seconds at each measured number of rows, for this context."""
         points_s: Float64 = self._base_s_GC @ _hat_weights(self._contexts, context_tokens)
         if self._experts:
-            points_s = points_s + self.seconds_per_expert * self._experts.expected(self._rows)
+            points_s = points_s + self._expert_s * self._experts.expected(self._rows)
         return points_s
 
     def _padded(self, num_rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -59,7 +59,7 @@ _LEANING_TRIALS = 4.0
 """How many trials of its own weigh as much as the wider cell's estimate."""
 
 _REFIT_TRIALS = 64
-"""New trials after which estimates are made anew, at first; later once they are a tenth of what is known."""
+"""New trials after which estimates are made anew, at first; later once they are a quarter of what is known."""
 
 NUM_BINS = 20
 """Of a calibration curve."""
@@ -289,7 +289,7 @@ class Cells:
     def refit_if_due(self) -> None:
         """Make the estimates anew if enough was counted since."""
         num_new = self.new_tried.sum()
-        if num_new < max(_REFIT_TRIALS, self._num_known / 10):
+        if num_new < max(_REFIT_TRIALS, self._num_known / 4):
             return
         keep = self._keep_ratio**num_new
         for table, new in ((self._tried, self.new_tried), (self._accepted, self.new_accepted)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter
 
+from slipstream.drafting.merge import MergedDrafter
+from slipstream.drafting.modes import Mode
 from slipstream.telemetry import MAX_POSITIONS, ReplicaMetrics
 
 
@@ -77,3 +79,21 @@ class StepCounts:
                 break  # who accepts at a position has accepted at all before it
             self._accepted_at[position].inc(number)
             self._accepted[position] = 0
+
+
+class DraftingCounts:
+    """What a budgeted drafter decided, and how well it knew."""
+
+    def __init__(self, metrics: ReplicaMetrics) -> None:
+        self._metrics = metrics
+        self._handed_over: dict[Mode, int] = {}
+
+    def hand_over(self, drafter: MergedDrafter) -> None:
+        """Give the metrics what came since the last call."""
+        for mode, number in drafter.modes.counts.items():
+            steps = self._metrics.drafting_steps.labels(mode.name.lower())
+            steps.inc(number - self._handed_over.get(mode, 0))
+            self._handed_over[mode] = number
+        self._metrics.calibration_error.set(drafter.calibration_error())
+        if drafter.step_cost is not None:
+            self._metrics.step_time_error.set(drafter.step_cost.mean_error_ratio)

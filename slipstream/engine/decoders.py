@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,15 @@ from slipstream.models.checkpoint import Checkpoint
 from slipstream.models.decoder import arrange
 
 _log = logging.getLogger(__name__)
+
+
+class OpenDecoder(Protocol):
+    """`open_decoder`, or what stands in for it."""
+
+    def __call__(
+        self, checkpoint: Checkpoint, *, num_blocks: int, num_node_slots: int, max_rows: int, device: str = "cpu"
+    ) -> PagedDecoder:
+        """A decoder of this checkpoint with a cache of these sizes."""
 
 
 def open_decoder(

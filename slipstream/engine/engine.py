@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from slipstream.drafting.chain import ChainDrafter
 from slipstream.drafting.drafter import DraftContext, Drafter
@@ -19,10 +18,10 @@ from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.tree import NO_DRAFT, DraftTree
 from slipstream.engine.admission import Admissible, check_request
 from slipstream.engine.batch import OnBlock, RunningSequence
-from slipstream.engine.counting import StepCounts
-from slipstream.engine.decoders import open_decoder
-from slipstream.engine.drafters import open_chain, open_merged
+from slipstream.engine.counting import DraftingCounts, StepCounts
+from slipstream.engine.decoders import OpenDecoder, open_decoder
 from slipstream.engine.observer import ObservationSource, observations_of
+from slipstream.engine.opening import open_chain, open_merged, open_target
 from slipstream.engine.packing import pack
 from slipstream.engine.passes import (
     Pass,
@@ -34,7 +33,7 @@ from slipstream.engine.passes import (
     passes_of,
     token_logprobs,
 )
-from slipstream.engine.plan import BLOCK_TOKENS, PagedDecoder, StepOutput, StepPlan
+from slipstream.engine.plan import StepOutput, StepPlan
 from slipstream.engine.request import FinishReason, Request, TokenBlock, TokenLogprobs
 from slipstream.engine.scheduler import EngineLimits, Scheduler
 from slipstream.engine.stops import StopStrings, TokenBytes
@@ -47,14 +46,8 @@ from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 
 NO_ROUTING_VERSION = 0
 
-
-class OpenDecoder(Protocol):
-    """`decoders.open_decoder`, or what stands in for it."""
-
-    def __call__(
-        self, checkpoint: Checkpoint, *, num_blocks: int, num_node_slots: int, max_rows: int, device: str = "cpu"
-    ) -> PagedDecoder:
-        """A decoder of this checkpoint with a cache of these sizes."""
+_STEPS_BETWEEN_REPORTS = 64
+"""Of what a drafter decided: reading it costs more than a step's other counts."""
 
 
 class Engine:
@@ -101,19 +94,12 @@ class Engine:
         self._observe = observe
         self._token_bytes = token_bytes
         self._device = device
-        self._decoders = decoders
         self._rule = rule_named(rule)
         self._counts = StepCounts(metrics)
+        self._drafting_counts = DraftingCounts(metrics)
+        self._num_steps = 0
         self._scheduler = Scheduler(limits, max_context_tokens=self.max_context_tokens)
-        num_nodes = limits.max_running_requests * limits.num_draft_tokens
-        self._target = decoders(
-            target,
-            num_blocks=limits.num_blocks,
-            num_node_slots=num_nodes,
-            # A prefilling sequence may get a block's worth of rows when decoding takes the whole budget.
-            max_rows=max(limits.max_step_tokens, limits.max_running_requests) + num_nodes + BLOCK_TOKENS,
-            device=device,
-        )
+        self._target = open_target(target, limits, device=device, decoders=decoders)
         self._merged = open_merged(drafting, self._target, limits) if drafting else None
         self._drafter: Drafter | None = self._merged
         self._swap_lock = threading.Lock()
@@ -370,6 +356,9 @@ class Engine:
         if not has_worked:
             return
         self._counts.hand_over()
+        self._num_steps += 1
+        if self._merged is not None and self._num_steps % _STEPS_BETWEEN_REPORTS == 0:
+            self._drafting_counts.hand_over(self._merged)
         metrics.step_s.observe(step_s)
         if scheduler.num_hit_tokens:
             metrics.prefix_hit_tokens.inc(scheduler.num_hit_tokens)

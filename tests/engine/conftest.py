@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from deploy.local.queries import builtin_streams
 from slipstream.drafting.drafter import Drafter
 from slipstream.drafting.merge import DraftingOptions
-from slipstream.engine.decoders import open_decoder
-from slipstream.engine.engine import Engine, OpenDecoder
+from slipstream.engine.decoders import OpenDecoder, open_decoder
+from slipstream.engine.engine import Engine
 from slipstream.engine.request import Request, SamplingParams, TokenBlock
 from slipstream.engine.scheduler import EngineLimits
 from slipstream.engine.stops import TokenBytes

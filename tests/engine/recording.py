@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from slipstream.engine.decoders import open_decoder
-from slipstream.engine.engine import OpenDecoder
+from slipstream.engine.decoders import OpenDecoder, open_decoder
 from slipstream.engine.plan import BLOCK_TOKENS, NO_NODE, Int32, Move, PagedDecoder, StepOutput, StepPlan
 from slipstream.models.checkpoint import Checkpoint
 

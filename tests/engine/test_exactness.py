@@ -19,8 +19,8 @@ from trees import Shape, TreeDrafter, all_wrong, anything, deep, hidden_path
 
 import slipstream_kernels
 from slipstream.engine.blocks import blocks_for
-from slipstream.engine.decoders import open_decoder
-from slipstream.engine.engine import Engine, OpenDecoder
+from slipstream.engine.decoders import OpenDecoder, open_decoder
+from slipstream.engine.engine import Engine
 from slipstream.engine.plan import NO_NODE, PagedDecoder, StepOutput, StepPlan
 from slipstream.engine.scheduler import EngineLimits
 from slipstream.engine.torch_decoder import TorchDecoder

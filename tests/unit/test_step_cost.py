@@ -150,7 +150,22 @@ def test_one_interrupted_step_moves_little() -> None:
     for _ in range(50):
         cost.observe(num_rows=1, context_tokens=16, seconds=1.0)
     cost.observe(num_rows=1, context_tokens=16, seconds=1000.0)
-    assert seconds(cost, 1)[0] == pytest.approx(1.1)
+    assert seconds(cost, 1)[0] == pytest.approx(1.1 * 1.1)
+    for _ in range(20):
+        cost.observe(num_rows=1, context_tokens=16, seconds=1.0)
+    assert seconds(cost, 1)[0] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_machine_that_changes_its_pace_is_followed_within_a_few_steps() -> None:
+    cost = StepCost(dense(TABLE))
+    for _ in range(50):
+        cost.observe(num_rows=1, context_tokens=16, seconds=1.0)
+    before = seconds(cost, 1, 4)
+    for _ in range(12):
+        cost.observe(num_rows=1, context_tokens=16, seconds=1.8)
+    assert [now / then for now, then in zip(seconds(cost, 1, 4), before, strict=True)] == pytest.approx(
+        [1.8, 1.8], rel=0.2
+    ), "sizes that were not seen, too"
 
 
 def test_what_experts_cost_is_learned_apart_from_the_table() -> None:

@@ -1,14 +1,28 @@
-"""Drafters for an engine: sized by its limits, checked and warm before they are used."""
+"""What an engine runs: its target and its drafters, sized by its limits and ready before they are used."""
 
 from __future__ import annotations
 
 from slipstream.drafting.chain import ChainDrafter
 from slipstream.drafting.merge import DraftingOptions, MergedDrafter
-from slipstream.engine.plan import PagedDecoder
+from slipstream.engine.decoders import OpenDecoder
+from slipstream.engine.plan import BLOCK_TOKENS, PagedDecoder
 from slipstream.engine.probing import open_step_cost
 from slipstream.engine.scheduler import EngineLimits
 from slipstream.errors import ArtifactRejected
 from slipstream.models.checkpoint import Checkpoint
+
+
+def open_target(target: Checkpoint, limits: EngineLimits, *, device: str, decoders: OpenDecoder) -> PagedDecoder:
+    """The target's decoder, with room for the largest step and the nodes of every request's tree."""
+    num_nodes = limits.max_running_requests * limits.num_draft_tokens
+    return decoders(
+        target,
+        num_blocks=limits.num_blocks,
+        num_node_slots=num_nodes,
+        # A prefilling sequence may get a block's worth of rows when decoding takes the whole budget.
+        max_rows=max(limits.max_step_tokens, limits.max_running_requests) + num_nodes + BLOCK_TOKENS,
+        device=device,
+    )
 
 
 def open_chain(
