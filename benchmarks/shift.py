@@ -215,7 +215,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"benchmarks.shift: {error}", file=sys.stderr)
         return 2
-    config = with_serving(Config(), initial_draft=str(INITIAL_DRAFT))
+    config = with_serving(Config(), initial_draft=str(INITIAL_DRAFT), drafting="chain")
     with tempfile.TemporaryDirectory(prefix="slipstream-shift-") as directory:
         progress("starting a Kafka broker")
         broker = KafkaBroker(Path(directory) / "kafka")

@@ -26,7 +26,7 @@ class ChainDrafter:
     Each slot owns a fixed run of blocks. Candidates are computed in place, as what they are if they are accepted: a
     wrong one is overwritten by the token that stands there instead. A new drafter knows nothing of running requests:
     it catches up with their tokens, at most `max_catch_up_tokens` a call, and proposes nothing for a request until it
-    has.
+    has. `was_level` says whether the last draft had nothing to catch up with but what the last pass accepted.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class ChainDrafter:
         self._max_positions = min(max_context_tokens, checkpoint.config.max_position_embeddings)
         self._max_catch_up_tokens = max_catch_up_tokens
         self._num_cached = [0] * num_slots
+        self.was_level = False
         blocks_per_slot = blocks_for(self._max_positions)
         num_blocks = num_slots * blocks_per_slot
         self._block_tables_BC = np.arange(num_blocks, dtype=np.int32).reshape(num_slots, blocks_per_slot)
@@ -81,6 +82,7 @@ class ChainDrafter:
             min(one.max_depth, one.max_nodes, max_tokens, self._max_positions - len(one.token_ids)) for one in contexts
         ]
         level, plan = self._catch_up(contexts, limits)
+        self.was_level = len(level) == len(contexts) and len(plan.ids_T) <= (max_tokens + 1) * len(contexts)
         if not level:
             if len(plan.ids_T):
                 self._decoder.forward(plan)

@@ -43,7 +43,10 @@ _JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""
 
 _STEPS_BETWEEN_COSTS = 4
-"""One in so many steps corrects the prediction of what steps cost, and, while speculation is off, the matrix."""
+"""One in so many steps corrects the prediction of what steps cost."""
+
+_STEPS_BETWEEN_LESSONS = 16
+"""One in so many steps is learned from while speculation is off."""
 
 _DRAFT_TIME_SHARE = 0.1
 """What the newest drafting time counts for."""
@@ -102,7 +105,11 @@ class MergedDrafter:
         self._num_known = [0] * num_slots
         self._mode = Mode.OFF
         self._load = StepLoad(0, 0, 0.0)
+        # What drafting and learning take beside a pass, by mode and number of requests to a factor of two.
         self._draft_s: dict[tuple[Mode, int], float] = {}
+        self._learn_s: dict[tuple[Mode, int], float] = {}
+        self._token_s: dict[int, float] = {}
+        self._was_level = True
         self._num_steps = 0
         self._num_judged = 0
 
@@ -169,20 +176,24 @@ class MergedDrafter:
             return [NO_DRAFT] * len(contexts)
         started = time.perf_counter()
         key = mode, len(contexts).bit_length()
-        price = self._price(contexts, load, draft_s=self._draft_s.get(key, 0.0))
+        price = self._price(contexts, load, draft_s=self._draft_s.get(key, 0.0) + self._learn_s.get(key, 0.0))
         chains, versions = self._draft_chains(contexts, price, is_wanted=mode is Mode.CHAIN)
         matrices, limits_B4 = self._limits(contexts)
         merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
-        if mode is not Mode.CHAIN or chains.lengths_B.any():
-            self.modes.note(mode, merged.gain, num_requests=load.num_choosing)
         trees = _trees(merged, versions)
-        spent_s = time.perf_counter() - started
-        self._draft_s[key] = spent_s + (1 - _DRAFT_TIME_SHARE) * (self._draft_s.get(key, spent_s) - spent_s)
+        if self._was_level:
+            self.modes.note(mode, merged.gain, num_requests=load.num_choosing)
+            self._draft_s[key] = _towards(time.perf_counter() - started, self._draft_s.get(key))
         return trees
+
+    def listens(self) -> bool:
+        """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
+        self._num_steps += 1
+        return self._mode is not Mode.OFF or self._num_steps % _STEPS_BETWEEN_LESSONS == 0
 
     def learn(self, lesson: Lesson) -> None:
         """Take over what the target said, judge what was proposed, and correct what steps cost."""
-        self._num_steps += 1
+        started = time.perf_counter()
         is_nth = self._num_steps % _STEPS_BETWEEN_COSTS == 0
         if is_nth and self.step_cost is not None and self._load.num_rows == self._load.num_choosing:
             self.step_cost.observe(
@@ -191,13 +202,15 @@ class MergedDrafter:
                 seconds=lesson.seconds,
                 num_experts=distinct_experts(lesson.expert_ids_TLK),
             )
-        if "recycling" in self.options.sources and (is_nth or self._mode is not Mode.OFF):
+        if "recycling" in self.options.sources:
             self._recycle(lesson)
         if self._mode is not Mode.OFF:
             self._judge(lesson)
         for request in lesson.requests if "pool" in self.options.sources else ():
             if request.output_ids is not None:
                 self._merger.keep(_scope(request.tenant), request.output_ids)
+        key = self._mode, len(lesson.requests).bit_length()
+        self._learn_s[key] = _towards(time.perf_counter() - started, self._learn_s.get(key))
 
     def committed(self, slot: int, *, num_tokens: int) -> None:
         """Draft models drop what was proposed beyond these tokens."""
@@ -237,17 +250,24 @@ class MergedDrafter:
         chains = Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
         versions = [NO_VERSION] * number
         rows_of: dict[str, list[int]] = {}
+        self._was_level = True
         for row, context in enumerate(contexts if is_wanted else ()):
             if self._chain_of(context.domain):
                 domain = context.domain if context.domain in self._chains else DEFAULT_DOMAIN
                 rows_of.setdefault(domain, []).append(row)
         for domain, rows in rows_of.items():
             drafter = self._chains[domain]
+            started = time.perf_counter()
             drafted = drafter.draft(
                 [contexts[row] for row in rows],
                 max_tokens=min(width, self.options.fixed_nodes or width),
-                min_path=price.min_survival,
+                min_path=self._min_path(price, num_drafting=len(rows)),
             )
+            if drafter.was_level:
+                spent_s = time.perf_counter() - started
+                key = len(rows).bit_length()
+                self._token_s[key] = _towards(spent_s / int(drafted.lengths_B.max()), self._token_s.get(key))
+            self._was_level &= drafter.was_level
             drafted_width = drafted.token_ids_BD.shape[1]
             chains.token_ids_BD[rows, :drafted_width] = drafted.token_ids_BD
             chains.scores_BD[rows, :drafted_width] = drafted.scores_BD
@@ -255,6 +275,15 @@ class MergedDrafter:
             for row in rows:
                 versions[row] = drafter.version
         return chains, versions
+
+    def _min_path(self, price: Price, *, num_drafting: int) -> float:
+        """How likely a chain must be accepted so far for its next token to be worth drafting and verifying."""
+        if not price.is_budgeted:
+            return 0.0
+        # What a token takes is shared by all that draft one at the same time.
+        token_s = self._token_s.get(num_drafting.bit_length(), 0.0) / num_drafting
+        gain = max(self.modes.gain(Mode.CHAIN, num_requests=price.num_choosing), 1.0)
+        return min(gain * (price.min_survival + token_s * price.num_choosing / float(price.step_s[0])), 0.9)
 
     def _limits(self, contexts: Sequence[DraftContext]) -> tuple[list[Adjacency], Int32]:
         """The matrices, and a line per context: which of them, its last token, and how large its tree may be."""
@@ -309,6 +338,11 @@ class MergedDrafter:
 
 
 _NO_MATRIX = -1
+
+
+def _towards(newest: float, mean: float | None) -> float:
+    """The mean with the newest value taken in."""
+    return newest if mean is None else mean + _DRAFT_TIME_SHARE * (newest - mean)
 
 
 def _survival_model() -> SurvivalModel:

@@ -1,9 +1,11 @@
 """Which drafters take part in a step: none, those that cost next to nothing, or the draft model as well.
 
 The gain of a mode is the tokens a second of a step in it, drafting included, over those of a step without drafts, as
-the budget expects them. Gains are remembered per mode and size of the batch (to a factor of two). A step is taken in
-the mode with the largest one; speculation is off where none is above 1. Now and then another mode is tried, because
-text, drafts and load change: while speculation is off, that is all it costs.
+the budget expects them. Gains are remembered per mode and size of the batch (to a factor of two; at first a size borrows
+that of the nearest one). A step is taken in
+the mode with the largest one; speculation is off where none is much above 1. Now and then another mode is tried, because
+text, drafts and load change; the longer nothing better is found, the more seldom. While speculation is off, trials are
+all it costs.
 """
 
 from __future__ import annotations
@@ -11,21 +13,27 @@ from __future__ import annotations
 import enum
 from collections import Counter
 
-STEPS_BETWEEN_TRIALS = 64
-"""Steps in the best mode before another one is tried."""
+SHORTEST_INTERVAL = 64
+"""Steps in the best mode before another one is tried, at first and after a trial that found a better one."""
 
-TRIAL_STEPS = 2
+LONGEST_INTERVAL = 512
+"""The interval doubles with every trial that finds nothing, up to this."""
+
+TRIAL_STEPS = 3
 """Gains that end a trial."""
 
 LONGEST_TRIAL_STEPS = 8
 """What ends a trial without them: a draft model may have to catch up with texts first, and gains nothing yet."""
 
-_FIRST_GAINS = 8
+_FIRST_GAINS = 6
 """Gains of a mode before it is compared, and how many times as many steps it gets for them."""
 
 _FIRST_PATIENCE = 4
 
-_NEWEST_SHARE = 0.1
+_LEAST_GAIN = 1.01
+"""What drafting must gain: less than that does not pay for being wrong."""
+
+_NEWEST_SHARE = 0.15
 """What the newest gain counts for."""
 
 
@@ -45,10 +53,12 @@ class Modes:
         self._gains: dict[tuple[int, Mode], float] = {}
         self._num_noted: Counter[tuple[int, Mode]] = Counter()
         self._num_taken: Counter[tuple[int, Mode]] = Counter()
+        self._interval = SHORTEST_INTERVAL
         self._num_steps = 0
         self._num_trials = 0
         self._trial: Mode | None = None
         self._trial_gains = 0
+        self._trial_steps = 0
 
     def choose(self, num_requests: int, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step."""
@@ -75,23 +85,39 @@ class Modes:
         """Begin anew with a mode: its drafter was replaced."""
         for key in [key for key in self._gains if key[1] is mode]:
             del self._gains[key], self._num_noted[key], self._num_taken[key]
+        self._interval = SHORTEST_INTERVAL
 
     def _chosen(self, size: int, drafting: list[Mode]) -> Mode:
         if not drafting:
             return Mode.OFF
         for mode in drafting:
+            self._borrow(size, mode)
             has_tried = self._num_taken[size, mode] >= _FIRST_PATIENCE * _FIRST_GAINS
             if self._num_noted[size, mode] < _FIRST_GAINS and not has_tried:
                 return mode
-        best = max((Mode.OFF, *drafting), key=lambda mode: self._gains.get((size, mode), 1.0))
+        gains = {Mode.OFF: _LEAST_GAIN} | {mode: self._gains.get((size, mode), 1.0) for mode in drafting}
+        best = max(gains, key=gains.__getitem__)
+        if self._trial is not None:
+            return self._in_trial(self._trial, best, drafting)
         self._num_steps += 1
-        if self._num_steps < STEPS_BETWEEN_TRIALS:
-            return best
-        if self._trial is None:
-            others = [mode for mode in drafting if mode is not best] or [best]
+        others = [mode for mode in drafting if mode is not best]
+        if self._num_steps >= self._interval and others:
             self._num_trials += 1
-            self._trial, self._trial_gains = others[self._num_trials % len(others)], 0
-        trial = self._trial
-        if self._trial_gains + 1 >= TRIAL_STEPS or self._num_steps + 1 >= STEPS_BETWEEN_TRIALS + LONGEST_TRIAL_STEPS:
-            self._num_steps, self._trial = 0, None
-        return trial if trial in drafting else best
+            self._trial, self._trial_gains, self._trial_steps = others[self._num_trials % len(others)], 0, 0
+        return best
+
+    def _borrow(self, size: int, mode: Mode) -> None:
+        known = [other for other, known_mode in self._gains if known_mode is mode]
+        if known and (size, mode) not in self._gains:
+            nearest = min(known, key=lambda other: abs(other - size))
+            if self._num_noted[nearest, mode] >= _FIRST_GAINS:
+                self._gains[size, mode] = self._gains[nearest, mode]
+                self._num_noted[size, mode] = _FIRST_GAINS
+
+    def _in_trial(self, trial: Mode, best: Mode, drafting: list[Mode]) -> Mode:
+        self._trial_steps += 1
+        if trial in drafting and self._trial_gains < TRIAL_STEPS and self._trial_steps <= LONGEST_TRIAL_STEPS:
+            return trial
+        self._interval = SHORTEST_INTERVAL if best is trial else min(2 * self._interval, LONGEST_INTERVAL)
+        self._num_steps, self._trial = 0, None
+        return best

@@ -3,10 +3,11 @@
     predicted seconds = pace x (base(rows, context) + seconds per expert x distinct experts(rows))
 
 `pace` is how the machine does just now beside how it did when it was measured: memory that others share is now half,
-now twice as fast. It follows the last few steps, the rest many. `base` is a table of measured points with straight lines
-between them, made at start-up by `measure` and corrected by every step that is observed. `distinct experts` is what the
-rows of a step wake per layer: E (1 - (1 - K/E) ** (n ** a)) for n rows that each choose K of E experts, where a = 1
-would be independent choices and less is what neighbours share; it is fitted online. A dense model has no such term.
+now twice as fast. It follows the last few steps, the rest many. `base` is a table of measured points with straight
+lines between them, made at start-up by `measure` and corrected by every step that is observed. `distinct experts` is
+what the rows of a step wake per layer: E (1 - (1 - K/E) ** (n ** a)) for n rows that each choose K of E experts, where
+a = 1 would be independent choices and less is what neighbours share; it is fitted online. A dense model has no such
+term.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ _FORGETTING = 0.995
 
 _LEARNING_RATIO = 0.1
 """Share of a step's error that the table takes over."""
+
+_CONTEXT_STEP = 64
+"""Contexts that differ by less are priced alike."""
+
+_STEPS_REMEMBERED = 16
+"""Observed steps after which prices are made anew from the table."""
 
 _PACE_RATIO = 0.2
 """What the newest step counts for the pace."""
@@ -167,6 +174,8 @@ class StepCost:
         seconds = (measured.varied_s_GC + measured.alike_s_GC) / 2
         num_experts = (measured.varied_experts_GC + measured.alike_experts_GC) / 2
         self._base_s_GC = np.maximum(seconds - self._expert_s * num_experts, _SMALLEST_S)
+        self._lines: dict[tuple[int, int, int], Float64] = {}
+        self._forgets_at = 0
         self.num_steps = 0
         self.mean_error_ratio = 0.0
 
@@ -194,8 +203,18 @@ class StepCost:
         return seconds * self._pace
 
     def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> Float64:
-        """Seconds of a step of `num_rows` rows and 0, 1, ... `max_nodes` nodes beside them: max_nodes + 1 entries."""
-        return self.predict_s(np.arange(num_rows, num_rows + max_nodes + 1), context_tokens=context_tokens)
+        """Seconds of a step of `num_rows` rows and 0, 1, ... `max_nodes` nodes beside them: max_nodes + 1 entries.
+
+        Asked every step, so all but the pace is remembered for a while, for contexts that are nearly as long.
+        """
+        key = num_rows, max_nodes, round(context_tokens / _CONTEXT_STEP)
+        if self.num_steps >= self._forgets_at:
+            self._lines.clear()
+            self._forgets_at = self.num_steps + _STEPS_REMEMBERED
+        if key not in self._lines:
+            rows = np.arange(num_rows, num_rows + max_nodes + 1)
+            self._lines[key] = self.predict_s(rows, context_tokens=context_tokens) / self._pace
+        return self._lines[key] * self._pace
 
     def observe(
         self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None = None

@@ -309,8 +309,11 @@ class Engine:
 
     def _teach(self, passes: Sequence[Pass], plan: StepPlan, output: StepOutput, pass_s: float) -> None:
         """Tell the drafter what came of the step, if it learns."""
-        if self._merged is not None and passes:
-            self._merged.learn(lesson_of(passes, plan, output, pass_s))
+        merged = self._merged
+        if merged is None or not passes:
+            return
+        if merged.listens() or any(one.sequence.finish_reason for one in passes):
+            merged.learn(lesson_of(passes, plan, output, pass_s))
 
     def _hand_out(self, one: Pass) -> None:
         """Count a pass, keep what it tells the observer, and give its tokens to the caller; end the request if so."""

@@ -165,11 +165,11 @@ class FixedCost:
 def test_speculation_is_off_where_nodes_cost_more_than_they_bring(
     target: Checkpoint, sibling: Checkpoint, prompts: Prompts, per_node: float, is_off: bool
 ) -> None:
-    engine = _engine(target, DraftingOptions())
+    engine = _engine(target, DraftingOptions(), max_running_requests=1)
     drafter = merged_of(engine)
     drafter.step_cost = FixedCost(per_node)  # type: ignore[assignment]
     engine.install_draft(sibling, version=1)
-    for index, prompt in enumerate(prompts[:4] * 3):
+    for index, prompt in enumerate(prompts[:6]):
         engine.submit(request_for(index, prompt, Served(max_tokens=64)), lambda _: None)
     while engine.step():
         pass
@@ -199,10 +199,10 @@ def test_a_budget_needs_to_know_what_steps_cost() -> None:
         MergedDrafter(DraftingOptions(), vocab_size=8, num_slots=1, max_nodes=4, step_cost=None)
 
 
-def _engine(target: Checkpoint, options: DraftingOptions | None) -> Engine:
+def _engine(target: Checkpoint, options: DraftingOptions | None, **sizes: int) -> Engine:
     return Engine(
         target,
-        limits=SIZES,
+        limits=msgspec.structs.replace(SIZES, **sizes),
         target_digest=target.digest,
         replica_id="replica-1",
         top_n=4,

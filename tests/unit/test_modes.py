@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from slipstream.drafting.modes import STEPS_BETWEEN_TRIALS, TRIAL_STEPS, Mode, Modes
+from slipstream.drafting.modes import LONGEST_INTERVAL, TRIAL_STEPS, Mode, Modes
 
 GOOD, BAD = 1.5, 0.7
 
@@ -22,24 +22,34 @@ def taken(modes: Modes, gains: Mapping[Mode, float], *, num_steps: int, num_requ
 
 
 def test_every_mode_is_tried_before_the_best_one_is_kept() -> None:
-    chosen = taken(Modes(), {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=40)
-    assert set(chosen[:20]) == {Mode.FLOOR, Mode.CHAIN}
-    assert set(chosen[20:]) == {Mode.CHAIN}
+    chosen = taken(Modes(), {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=100)
+    assert set(chosen[:12]) == {Mode.FLOOR, Mode.CHAIN}
+    assert set(chosen[12:]) == {Mode.FLOOR, Mode.CHAIN}, "a trial of the other"
+    assert chosen[12:].count(Mode.FLOOR) == TRIAL_STEPS
 
 
-def test_speculation_is_off_where_nothing_gains_but_for_rare_trials_of_everything() -> None:
+def test_speculation_is_off_where_nothing_gains_but_for_ever_rarer_trials_of_everything() -> None:
     modes = Modes()
-    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: BAD}, num_steps=16)
-    chosen = taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: BAD}, num_steps=20 * STEPS_BETWEEN_TRIALS)
+    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: BAD}, num_steps=3_000)
+    chosen = taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: BAD}, num_steps=10 * LONGEST_INTERVAL)
     num_trials = len(chosen) - chosen.count(Mode.OFF)
-    assert 0 < num_trials <= 20 * TRIAL_STEPS
+    assert 8 * TRIAL_STEPS < num_trials <= 10 * TRIAL_STEPS
     assert {Mode.FLOOR, Mode.CHAIN} < set(chosen)
 
 
 def test_a_mode_that_comes_to_gain_is_found_again() -> None:
     modes = Modes()
     taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: BAD}, num_steps=100)
-    assert taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=40 * STEPS_BETWEEN_TRIALS)[-1] is Mode.CHAIN
+    assert taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=20 * LONGEST_INTERVAL)[-1] is Mode.CHAIN
+
+
+def test_a_draft_that_never_drafts_does_not_hold_up_the_others() -> None:
+    modes = Modes()
+    for _ in range(2_000):
+        mode = modes.choose(1, has_floor=True, has_chain=True)
+        if mode is Mode.FLOOR:
+            modes.note(mode, GOOD, num_requests=1)
+    assert modes.counts[Mode.FLOOR] > 1_800
 
 
 def test_a_mode_that_stops_to_gain_is_left() -> None:
@@ -50,10 +60,18 @@ def test_a_mode_that_stops_to_gain_is_left() -> None:
 
 def test_small_and_large_batches_are_told_apart() -> None:
     modes = Modes()
-    taken(modes, {Mode.FLOOR: GOOD}, num_steps=20, num_requests=1)
-    taken(modes, {Mode.FLOOR: BAD}, num_steps=20, num_requests=16)
+    taken(modes, {Mode.FLOOR: GOOD}, num_steps=40, num_requests=1)
+    taken(modes, {Mode.FLOOR: BAD}, num_steps=40, num_requests=16)
     assert modes.choose(1, has_floor=True, has_chain=False) is Mode.FLOOR
     assert modes.choose(16, has_floor=True, has_chain=False) is Mode.OFF
+
+
+def test_a_batch_of_a_size_not_seen_yet_begins_with_what_the_nearest_one_knows() -> None:
+    modes = Modes()
+    taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=40, num_requests=4)
+    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=400, num_requests=32)
+    assert modes.choose(2, has_floor=True, has_chain=True) is Mode.FLOOR
+    assert modes.choose(16, has_floor=True, has_chain=True) is Mode.CHAIN
 
 
 def test_a_replaced_draft_is_tried_at_once() -> None:
