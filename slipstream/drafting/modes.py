@@ -1,11 +1,10 @@
 """Which drafters take part in a step: none, those that cost next to nothing, or the draft model as well.
 
 The gain of a mode is the tokens a second of a step in it, drafting included, over those of a step without drafts, as
-the budget expects them. Gains are remembered per mode and size of the batch (to a factor of two; at first a size borrows
-that of the nearest one). A step is taken in
-the mode with the largest one; speculation is off where none is much above 1. Now and then another mode is tried, because
-text, drafts and load change; the longer nothing better is found, the more seldom. While speculation is off, trials are
-all it costs.
+the budget expects them. Gains are remembered per mode and size of the batch, to a factor of two; a size without any
+goes by the nearest one. A step is taken in the mode with the largest gain; speculation is off where none is much above
+1. Now and then another mode is tried, because text, drafts and load change; the longer nothing better is found, the
+more seldom. While speculation is off, trials are all it costs.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class Modes:
 
     def gain(self, mode: Mode, *, num_requests: int) -> float:
         """The gain of a mode, 1 for OFF, and where nothing is known."""
-        return self._gains.get((num_requests.bit_length(), mode), 1.0)
+        return self._gain_at(num_requests.bit_length(), mode)
 
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
@@ -91,11 +90,9 @@ class Modes:
         if not drafting:
             return Mode.OFF
         for mode in drafting:
-            self._borrow(size, mode)
-            has_tried = self._num_taken[size, mode] >= _FIRST_PATIENCE * _FIRST_GAINS
-            if self._num_noted[size, mode] < _FIRST_GAINS and not has_tried:
+            if not self._is_known(size, mode):
                 return mode
-        gains = {Mode.OFF: _LEAST_GAIN} | {mode: self._gains.get((size, mode), 1.0) for mode in drafting}
+        gains = {Mode.OFF: _LEAST_GAIN} | {mode: self._gain_at(size, mode) for mode in drafting}
         best = max(gains, key=gains.__getitem__)
         if self._trial is not None:
             return self._in_trial(self._trial, best, drafting)
@@ -106,13 +103,17 @@ class Modes:
             self._trial, self._trial_gains, self._trial_steps = others[self._num_trials % len(others)], 0, 0
         return best
 
-    def _borrow(self, size: int, mode: Mode) -> None:
-        known = [other for other, known_mode in self._gains if known_mode is mode]
-        if known and (size, mode) not in self._gains:
-            nearest = min(known, key=lambda other: abs(other - size))
-            if self._num_noted[nearest, mode] >= _FIRST_GAINS:
-                self._gains[size, mode] = self._gains[nearest, mode]
-                self._num_noted[size, mode] = _FIRST_GAINS
+    def _is_known(self, size: int, mode: Mode) -> bool:
+        """Whether a mode has had its first steps: at this size, or at any other in full."""
+        has_tried = self._num_taken[size, mode] >= _FIRST_PATIENCE * _FIRST_GAINS
+        return has_tried or any(
+            number >= _FIRST_GAINS for (_, other), number in self._num_noted.items() if other is mode
+        )
+
+    def _gain_at(self, size: int, mode: Mode) -> float:
+        """What is known of a mode at the nearest size; 1 if nothing is."""
+        sizes = [known for known, other in self._gains if other is mode]
+        return self._gains[min(sizes, key=lambda known: abs(known - size)), mode] if sizes else 1.0
 
     def _in_trial(self, trial: Mode, best: Mode, drafting: list[Mode]) -> Mode:
         self._trial_steps += 1
