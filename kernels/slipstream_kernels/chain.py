@@ -18,20 +18,27 @@ class _ChainPlan(ctypes.Structure):
     _fields_ = [
         ("num_requests", ctypes.c_int32),
         ("width", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("slots", "max_tokens", "draws", "tokens", "scores", "lengths")),
+        *((name, ctypes.c_void_p) for name in ("slots", "max_tokens", "bases", "draws", "tokens", "scores", "lengths")),
         ("min_path", ctypes.c_double),
     ]
 
 
 def draft_chains(
-    decoder: Decoder, first: Plan, *, slots_B: Int32, max_tokens_B: Int32, draws_B: SampleRows, min_path: float
+    decoder: Decoder,
+    first: Plan,
+    *,
+    slots_B: Int32,
+    max_tokens_B: Int32,
+    bases_B: Int32,
+    draws_B: SampleRows,
+    min_path: float,
 ) -> Chains:
     """Chains of at most `max_tokens_B` tokens (each at least 1), token after token, with the requests' noise.
 
     `first` is the pass that brings the cache level with the B requests in `slots_B`, and asks for a row of logits for
     each, in order. Drafted tokens are computed in place behind it, all but the last. `draws_B` are at the position of
-    the first one. A chain ends early once the product of its scores, what the draft's softmax gives its tokens, is
-    below `min_path`.
+    the first one; positions of the cache count from `bases_B`. A chain ends early once the product of its scores, what
+    the draft's softmax gives its tokens, is below `min_path`.
     """
     num_requests, width = len(slots_B), int(max_tokens_B.max())
     chains = Chains(
@@ -40,7 +47,7 @@ def draft_chains(
     plan = _ChainPlan(
         num_requests,
         width,
-        *(array.ctypes.data for array in (slots_B, max_tokens_B, draws_B, chains[0], chains[1], chains[2])),
+        *(array.ctypes.data for array in (slots_B, max_tokens_B, bases_B, draws_B, *chains)),
         min_path,
     )
     decoder.draft_chain(first, ctypes.addressof(plan))

@@ -26,7 +26,9 @@ class ChainDrafter:
     Each slot owns a fixed run of blocks. Candidates are computed in place, as what they are if they are accepted: a
     wrong one is overwritten by the token that stands there instead. A new drafter knows nothing of running requests:
     it catches up with their tokens, at most `max_catch_up_tokens` a call, and proposes nothing for a request until it
-    has. `was_level` says whether the last draft had nothing to catch up with but what the last pass accepted.
+    has. With a `window` it reads no more than so many tokens of a text it has fallen behind with by more, and begins
+    anew with these. `was_level` says whether the last draft had nothing to catch up with but what the last pass
+    accepted.
     """
 
     def __init__(
@@ -38,11 +40,15 @@ class ChainDrafter:
         max_context_tokens: int,
         max_catch_up_tokens: int,
         device: str = "cpu",
+        window: int | None = None,
     ) -> None:
         self.version = version
         self.digest = checkpoint.digest
         self._max_positions = min(max_context_tokens, checkpoint.config.max_position_embeddings)
         self._max_catch_up_tokens = max_catch_up_tokens
+        self._window = window
+        # The cache of a slot holds tokens [base, num_cached) of its text, at positions from 0 on.
+        self._bases = [0] * num_slots
         self._num_cached = [0] * num_slots
         self.was_level = False
         blocks_per_slot = blocks_for(self._max_positions)
@@ -58,7 +64,7 @@ class ChainDrafter:
 
     def release(self, slot: int) -> None:
         """Forget what the slot held."""
-        self._num_cached[slot] = 0
+        self._num_cached[slot] = self._bases[slot] = 0
 
     def warm(self) -> None:
         """Run once, so that the first real step pays no first-call cost."""
@@ -78,8 +84,16 @@ class ChainDrafter:
 
         A chain ends once the product of its scores, what the draft's softmax gives its tokens, is below `min_path`.
         """
+        for context in contexts:
+            self._begin_anew_if_far_behind(context, max_tokens)
         limits = [
-            min(one.max_depth, one.max_nodes, max_tokens, self._max_positions - len(one.token_ids)) for one in contexts
+            min(
+                one.max_depth,
+                one.max_nodes,
+                max_tokens,
+                self._max_positions - len(one.token_ids) + self._bases[one.slot],
+            )
+            for one in contexts
         ]
         level, plan = self._catch_up(contexts, limits)
         self.was_level = len(level) == len(contexts) and len(plan.ids_T) <= (max_tokens + 1) * len(contexts)
@@ -103,6 +117,12 @@ class ChainDrafter:
         """The sequence now has `num_tokens` tokens, all but the last equal to what was computed: drop the rest."""
         self._num_cached[slot] = min(self._num_cached[slot], num_tokens - 1)
 
+    def _begin_anew_if_far_behind(self, context: DraftContext, max_tokens: int) -> None:
+        slot, num_tokens = context.slot, len(context.token_ids)
+        is_full = num_tokens - self._bases[slot] + max_tokens > self._max_positions
+        if self._window is not None and (is_full or num_tokens - self._num_cached[slot] > self._window):
+            self._bases[slot] = self._num_cached[slot] = max(num_tokens - self._window, 0)
+
     def _catch_up(self, contexts: Sequence[DraftContext], limits: Sequence[int]) -> tuple[list[int], StepPlan]:
         """Which contexts are level after the pass that computes tokens not yet in the cache, and that pass."""
         ids: list[int] = []
@@ -111,12 +131,12 @@ class ChainDrafter:
         level: list[int] = []
         wanted: list[int] = []
         for index, (context, limit) in enumerate(zip(contexts, limits, strict=True)):
-            start = self._num_cached[context.slot]
+            start, base = self._num_cached[context.slot], self._bases[context.slot]
             end = min(len(context.token_ids), start + self._max_catch_up_tokens - len(ids))
             if limit < 1 or end <= start:
                 continue
             ids += context.token_ids[start:end]
-            positions += range(start, end)
+            positions += range(start - base, end - base)
             slots += [context.slot] * (end - start)
             self._num_cached[context.slot] = end
             if end == len(context.token_ids):
@@ -128,10 +148,16 @@ class ChainDrafter:
         self, contexts: Sequence[DraftContext], limits: Sequence[int], first: StepPlan, min_path: float
     ) -> Chains:
         draws_B = draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts])
-        slots_B, limits_B = (np.array(column, np.int32) for column in ([one.slot for one in contexts], limits))
+        slots = [one.slot for one in contexts]
+        limits_B = np.array(limits, np.int32)
         if isinstance(self._decoder, NativeDecoder):
             return self._decoder.draft_chains(
-                first, slots_B=slots_B, max_tokens_B=limits_B, draws_B=draws_B, min_path=min_path
+                first,
+                slots_B=np.array(slots, np.int32),
+                max_tokens_B=limits_B,
+                bases_B=np.array([self._bases[slot] for slot in slots], np.int32),
+                draws_B=draws_B,
+                min_path=min_path,
             )
         return self._draft_by_steps(contexts, limits_B, first, min_path)
 
@@ -155,7 +181,10 @@ class ChainDrafter:
             paths_B[growing] *= scores
             growing = [one for one in growing if chains.lengths_B[one] < limits_B[one] and paths_B[one] >= min_path]
             if growing:
-                places = [len(contexts[one].token_ids) + int(chains.lengths_B[one]) - 1 for one in growing]
+                places = [
+                    len(contexts[one].token_ids) - self._bases[contexts[one].slot] + int(chains.lengths_B[one]) - 1
+                    for one in growing
+                ]
                 newest = chains.token_ids_BD[growing, chains.lengths_B[growing] - 1].tolist()
                 plan = self._plan(newest, places, [contexts[one].slot for one in growing], wanted=range(len(growing)))
         return chains

@@ -39,6 +39,9 @@ ALL_SOURCES: tuple[Source, ...] = ("chain", "recycling", "lookup", "pool")
 _WINDOW_TRIALS = {"chain": 1_000, "lookup": 1_000, "pool": 1_000, "recycling": 8_000, "merged": 8_000}
 _MATCHING = ("lookup", "pool")
 
+CATCH_UP_WINDOW = 64
+"""Tokens of a text that a draft model reads when it drafts again after a while: trying it must not cost a prefill."""
+
 _JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from slipstream.drafting.chain import ChainDrafter
 from slipstream.drafting.drafter import DraftContext, Drafter
-from slipstream.drafting.merge import DraftingOptions
+from slipstream.drafting.merge import CATCH_UP_WINDOW, DraftingOptions
 from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.tree import NO_DRAFT, DraftTree
 from slipstream.engine.admission import Admissible, check_request
@@ -202,6 +202,7 @@ class Engine:
             limits=self.limits,
             max_context_tokens=self.max_context_tokens,
             device=self._device,
+            window=CATCH_UP_WINDOW if self._merged is not None else None,
         )
 
     def _drafts(self) -> Mapping[str, Drafter]:

@@ -38,11 +38,24 @@ class NativeDecoder:
         return StepOutput(logits_XV, expert_ids_TLK if self.config.num_experts else None)
 
     def draft_chains(
-        self, first: StepPlan, *, slots_B: Int32, max_tokens_B: Int32, draws_B: SampleRows, min_path: float
+        self,
+        first: StepPlan,
+        *,
+        slots_B: Int32,
+        max_tokens_B: Int32,
+        bases_B: Int32,
+        draws_B: SampleRows,
+        min_path: float,
     ) -> Chains:
         """See `slipstream_kernels.chain.draft_chains`."""
         return draft_chains(
-            self._decoder, first, slots_B=slots_B, max_tokens_B=max_tokens_B, draws_B=draws_B, min_path=min_path
+            self._decoder,
+            first,
+            slots_B=slots_B,
+            max_tokens_B=max_tokens_B,
+            bases_B=bases_B,
+            draws_B=draws_B,
+            min_path=min_path,
         )
 
     def keep(self, moves: Sequence[Move]) -> None:

@@ -26,9 +26,15 @@ def open_target(target: Checkpoint, limits: EngineLimits, *, device: str, decode
 
 
 def open_chain(
-    draft: Checkpoint, *, version: int, limits: EngineLimits, max_context_tokens: int, device: str
+    draft: Checkpoint,
+    *,
+    version: int,
+    limits: EngineLimits,
+    max_context_tokens: int,
+    device: str,
+    window: int | None = None,
 ) -> ChainDrafter:
-    """A draft model, loaded and run once; raises ArtifactRejected if it cannot run."""
+    """A draft model, loaded and run once; raises ArtifactRejected if it cannot run. See ChainDrafter for `window`."""
     try:
         drafter = ChainDrafter(
             draft,
@@ -37,6 +43,7 @@ def open_chain(
             max_context_tokens=max_context_tokens,
             max_catch_up_tokens=limits.max_step_tokens,
             device=device,
+            window=window,
         )
         drafter.warm()
     except (RuntimeError, MemoryError, IndexError, ValueError) as error:

@@ -10,11 +10,13 @@ import pytest
 from conftest import LIMITS, Run, Served, request_for, serve
 from numpy.typing import NDArray
 
+from slipstream.drafting.chain import ChainDrafter
+from slipstream.drafting.drafter import DraftContext
 from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, MergedDrafter, Source
 from slipstream.drafting.modes import Mode
 from slipstream.drafting.recycling_artifact import load_matrix
 from slipstream.engine.engine import Engine
-from slipstream.engine.request import TokenBlock
+from slipstream.engine.request import SamplingParams, TokenBlock
 from slipstream.errors import ArtifactRejected
 from slipstream.models.checkpoint import Checkpoint
 from slipstream.telemetry import ReplicaMetrics
@@ -210,3 +212,32 @@ def _engine(target: Checkpoint, options: DraftingOptions | None, **sizes: int) -
         metrics=ReplicaMetrics(),
         drafting=options,
     )
+
+
+def test_a_draft_that_fell_behind_reads_a_window_and_drafts_what_it_would_have_drafted_there(
+    target: Checkpoint, sibling: Checkpoint, prompts: Prompts
+) -> None:
+    text = [*prompts[3], *prompts[4], *prompts[5]]
+    assert len(text) > 80
+    in_window, fresh = (_chains(sibling, window) for window in (40, None))
+    behind, short = (
+        DraftContext(0, tokens, SamplingParams(seed=1, max_tokens=9, temperature=0.0), 5, 5)
+        for tokens in (text, text[-40:])
+    )
+    assert (
+        in_window.draft([behind], max_tokens=5).token_ids_BD.tolist()
+        == fresh.draft([short], max_tokens=5).token_ids_BD.tolist()
+    )
+    assert not in_window.was_level
+    in_window.committed(0, num_tokens=len(text))
+    fresh.committed(0, num_tokens=40)
+    again = [*text, 5, 7], [*text[-40:], 5, 7]
+    behind, short = (
+        msgspec.structs.replace(one, token_ids=tokens) for one, tokens in zip((behind, short), again, strict=True)
+    )
+    assert in_window.propose([behind]) == fresh.propose([short])
+    assert in_window.was_level
+
+
+def _chains(draft: Checkpoint, window: int | None) -> ChainDrafter:
+    return ChainDrafter(draft, version=1, num_slots=1, max_context_tokens=512, max_catch_up_tokens=512, window=window)

@@ -13,6 +13,7 @@ namespace {
 struct ChainPlan {
     int32_t num_requests, width;  // of `tokens` and `scores`
     const int32_t *slots, *max_tokens;
+    const int32_t* bases;    // where each request's cached text begins: positions of the cache count from there
     const SampleRow* draws;  // at the position of each request's first drafted token
     int32_t* tokens;         // out [B, width]
     double* scores;          // out [B, width]: what the draft's softmax gives each token
@@ -67,7 +68,7 @@ void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, fl
     growing.clear();
     for (int32_t request = 0; request < chain.num_requests; ++request) {
         chain.lengths[request] = 0;
-        growing.add(request, chain.slots[request], 0, chain.draws[request].position - 1);
+        growing.add(request, chain.slots[request], 0, 0);  // the first pass has its own places
     }
     decoder.forward(first, logits, nullptr);
     while (true) {
@@ -84,7 +85,7 @@ void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, fl
             chain.lengths[request] = length + 1;
             paths[size_t(request)] *= score;
             if (length + 1 < chain.max_tokens[request] && paths[size_t(request)] >= chain.min_path) {
-                next.add(request, chain.slots[request], token, draw.position);
+                next.add(request, chain.slots[request], token, draw.position - chain.bases[request]);
             }
         }
         if (next.number() == 0) return;
