@@ -1,9 +1,11 @@
-"""Output is the same however it is served: `python -m benchmarks.exactness [--quick] [--queries DIRECTORY]`.
+"""Output is the same however it is served: `python -m benchmarks.exactness [--prompts N] [--quick]`.
 
 Every prompt is served plainly, 16 at a time and with no prefix reused: the reference. Then alone, behind chains that
 are swapped under the running requests, behind random trees, again from prefixes that are found, with a cache so small
-that requests are preempted, in small chunks of prefill, and with two threads; greedy, at temperature 0.6 and at 1.
-What is compared, to the last bit: the tokens, and the target's log-probability of each, a function of all its logits.
+that requests are preempted, in small chunks of prefill, and with two threads; then behind every drafter: all of them
+merged within a budget or with a fixed number of nodes, each by itself, and stochastic beams. Drafts are swapped under
+all of these that have one. Greedy, at temperature 0.6 and at 1. What is compared, to the last bit: the tokens, and the
+target's log-probability of each, a function of all its logits.
 
 Prompts: gsm8k, wikisql, python_docstring and sgd_dialog of DIRECTORY where it exists, else the built-in streams.
 """
@@ -27,6 +29,8 @@ from benchmarks.report import RESULTS, Goal, Table, finish, progress
 from deploy.local.queries import builtin_streams, read_queries
 from slipstream.acceptance import acceptance_rate, count
 from slipstream.drafting.drafter import DraftContext
+from slipstream.drafting.merge import DraftingOptions
+from slipstream.drafting.rsd import RsdDrafter, RsdShape, beam_search
 from slipstream.drafting.tree import ROOT, DraftTree
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import Request, SamplingParams
@@ -61,15 +65,22 @@ PLAIN = EngineLimits(
 )
 CHAIN = msgspec.structs.replace(PLAIN, max_running_requests=32, num_draft_tokens=2)
 TREE = msgspec.structs.replace(PLAIN, num_draft_tokens=8)
+MERGED = msgspec.structs.replace(PLAIN, max_running_requests=24, num_draft_tokens=12)
+ALONE = msgspec.structs.replace(PLAIN, max_running_requests=1, num_draft_tokens=8)
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to serve; `is_chain`: behind drafts that are swapped, `is_tree`: behind random trees."""
+    """One way to serve; `is_chain`: behind drafts that are swapped, `is_tree`: behind random trees.
+
+    `drafting` says which drafters take part, `beams` is the shape of stochastic beams instead.
+    """
 
     name: str
     limits: EngineLimits
     is_chain: bool = False
     is_tree: bool = False
+    drafting: DraftingOptions | None = None
+    beams: RsdShape | None = None
     num_threads: int = 1
     repeats: int = 1
 
@@ -86,6 +97,22 @@ WAYS = (
     ),
     Way(name="chunks of 24", limits=msgspec.structs.replace(PLAIN, max_step_tokens=24)),
     Way(name="two threads", limits=CHAIN, is_chain=True, num_threads=2),
+    Way(name="merged, budgeted", limits=MERGED, is_chain=True, drafting=DraftingOptions()),
+    Way(name="merged, budgeted, alone", limits=ALONE, is_chain=True, drafting=DraftingOptions(), num_threads=2),
+    Way(name="merged, 12 nodes", limits=MERGED, is_chain=True, drafting=DraftingOptions(fixed_nodes=12)),
+    Way(
+        name="merged, preempted",
+        limits=msgspec.structs.replace(MERGED, num_blocks=SMALL_CACHE_BLOCKS, reuses_prefixes=True),
+        is_chain=True,
+        drafting=DraftingOptions(fixed_nodes=6),
+    ),
+    Way(
+        name="recycling, 8 nodes",
+        limits=MERGED,
+        drafting=DraftingOptions(sources=("recycling",), fixed_nodes=8, max_tenants=2),
+    ),
+    Way(name="look-ups, 8 nodes", limits=ALONE, drafting=DraftingOptions(sources=("lookup", "pool"), fixed_nodes=8)),
+    Way(name="beams 3 x 4", limits=MERGED, beams=beam_search(3, 4)),
 )
 
 
@@ -157,38 +184,53 @@ def load_prompts(directory: Path, number: int) -> list[tuple[int, ...]]:
 
 def serve(
     prompts: Sequence[tuple[int, ...]],
-    limits: EngineLimits,
+    way: Way,
     *,
     temperature: float,
     drafts: Sequence[Checkpoint] = (),
     known: dict[int, list[int]] | None = None,
-    repeats: int = 1,
 ) -> Served:
-    """Serve all prompts, `repeats` times over; install the next of `drafts` every STEPS_BETWEEN_SWAPS steps.
+    """Serve all prompts in a way; where it has drafts, install the next one every STEPS_BETWEEN_SWAPS steps.
 
     `known` are all tokens of each request by its seed, for random trees.
     """
     target = load_checkpoint(TARGET)
     observations: list[Observation] = []
-    outputs: list[list[int]] = [[] for _ in range(repeats * len(prompts))]
+    outputs: list[list[int]] = [[] for _ in range(way.repeats * len(prompts))]
     served = Served(outputs, {}, [], ReplicaMetrics())
     engine = Engine(
         target,
-        limits=limits,
+        limits=way.limits,
         target_digest=target_digest(TARGET),
         replica_id="benchmark",
         top_n=16,
         observe=observations.append,
         metrics=served.metrics,
+        drafting=way.drafting,
     )
-    if known is not None:
+    if way.is_tree and known is not None:
         engine.install_drafter(RandomTrees(known, engine.vocab_size))
+    if way.beams is not None:
+        engine.install_drafter(_beams(way.beams, drafts[-1], engine))
     for index, output in enumerate(outputs):
         prompt = prompts[index % len(prompts)]
         engine.submit(_request(index, prompt, temperature, seed=index % len(prompts)), _collector(output))
-    _run(engine, drafts, served.in_flight)
+    _run(engine, drafts if way.is_chain else (), served.in_flight)
     served.observations = {one.request_id: one for one in observations}
     return served
+
+
+def _beams(shape: RsdShape, draft: Checkpoint, engine: Engine) -> RsdDrafter:
+    return RsdDrafter(
+        draft,
+        version=1,
+        shape=shape,
+        noise="shared",
+        vocab_size=engine.vocab_size,
+        num_slots=engine.limits.max_running_requests,
+        max_context_tokens=engine.max_context_tokens,
+        max_catch_up_tokens=engine.limits.max_step_tokens,
+    )
 
 
 def _run(engine: Engine, drafts: Sequence[Checkpoint], in_flight: list[int]) -> None:
@@ -250,7 +292,7 @@ def compare(
 ) -> tuple[list[tuple[str, ...]], list[Goal], Served]:
     """All ways at one temperature: rows of the table, goals, and what the swapped chains gave."""
     progress(f"temperature {temperature:g}: reference")
-    reference = serve(prompts, PLAIN, temperature=temperature)
+    reference = serve(prompts, Way(name="reference", limits=PLAIN), temperature=temperature)
     known = {seed: [*prompts[seed], *output] for seed, output in enumerate(reference.outputs)}
     rows: list[tuple[str, ...]] = []
     goals: list[Goal] = []
@@ -259,14 +301,7 @@ def compare(
         progress(f"temperature {temperature:g}: {way.name}")
         if slipstream_kernels.is_available():
             slipstream_kernels.set_num_threads(way.num_threads)
-        runs[way.name] = served = serve(
-            prompts,
-            way.limits,
-            temperature=temperature,
-            drafts=drafts if way.is_chain else (),
-            known=known if way.is_tree else None,
-            repeats=way.repeats,
-        )
+        runs[way.name] = served = serve(prompts, way, temperature=temperature, drafts=drafts, known=known)
         tokens, logprobs = num_different(served, reference)
         rate = acceptance_rate(count(one for seen in served.observations.values() for one in seen.rounds))
         pressure = (len(served.in_flight), served.total("preemptions"), served.total("prefix_hit_tokens"))
@@ -278,7 +313,7 @@ def compare(
             Goal(figure=f"{what} differ, temperature {temperature:g}, {way.name}", value=number, at_most=0)
             for what, number in (("tokens", tokens), ("log-probabilities", logprobs))
         ]
-    goals += _goals_of_pressure(runs, temperature, at_least=1 if len(prompts) < NUM_PROMPTS else 3)
+    goals += _goals_of_pressure(runs, temperature, at_least=1 if len(prompts) < NUM_PROMPTS // 2 else 3)
     return rows, goals, runs["chains, swapped"]
 
 
@@ -299,11 +334,12 @@ def _goals_of_pressure(runs: dict[str, Served], temperature: float, *, at_least:
 def main() -> int:
     """Run the comparison at each temperature; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="60 prompts instead of 500")
+    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N")
+    parser.add_argument("--quick", action="store_true", help="60 prompts")
     parser.add_argument("--queries", type=Path, default=SHARED_QUERIES, metavar="DIRECTORY")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    num_prompts = 60 if arguments.quick else NUM_PROMPTS
+    num_prompts = 60 if arguments.quick else arguments.prompts
     prompts = load_prompts(arguments.queries, num_prompts)
     drafts = [load_checkpoint(MODELS / name) for name in ("draft-2m-general", "draft-2m-sibling", "draft-2m-sibling")]
     rows: list[tuple[str, ...]] = []
