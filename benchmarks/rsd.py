@@ -313,10 +313,12 @@ def in_words(cells: Cells, budgets: Sequence[int]) -> Table:
                 best = ranked[0].name
                 kind = "a chain wins" if best in (CHAIN, BLOCK, SHARED_CHAIN) else "a tree wins"
                 rows.append((draft, f"{temperature:g}", str(budget), kind, best, ranked[1].name))
+    num_chains = sum(row[3] == "a chain wins" for row in rows)
     return Table(
         columns=("draft", "temperature", "nodes", "", "most tokens per pass", "second"),
         rows=tuple(rows),
-        caption="Where chains win, and where trees do",
+        caption=f"Where chains win, and where trees do: a chain has the most tokens per pass in {num_chains} of "
+        f"{len(rows)} cells, drafting time not charged",
     )
 
 
