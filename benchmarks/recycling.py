@@ -34,7 +34,7 @@ from slipstream.engine.scheduler import EngineLimits
 from slipstream.models.checkpoint import Checkpoint, load_checkpoint
 from slipstream.models.config import ModelConfig
 from slipstream.telemetry import ReplicaMetrics
-from slipstream_kernels.recycling import WIDTH
+from slipstream_kernels.adjacency import WIDTH
 from slipstream_kernels.sampling import top_logprobs
 
 MODELS = ("tinystories-656k", "stories260k")

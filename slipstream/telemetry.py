@@ -22,6 +22,31 @@ _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
+class DraftingMetrics:
+    """What a budgeted drafter decides, and how well it knows."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.steps = Counter(
+            "drafting_steps",
+            "Steps by what drafted in them: off, floor, chain",
+            ("mode",),
+            namespace=PREFIX,
+            registry=registry,
+        )
+        self.calibration_error = Gauge(
+            "survival_calibration_error",
+            "Mean of |predicted - real| over drafted nodes, as a probability",
+            namespace=PREFIX,
+            registry=registry,
+        )
+        self.step_time_error = Gauge(
+            "step_time_error_ratio",
+            "Mean of |predicted - measured| / measured over steps",
+            namespace=PREFIX,
+            registry=registry,
+        )
+
+
 class ReplicaMetrics:
     """What a replica counts; all series live in `registry`."""
 
@@ -48,11 +73,6 @@ class ReplicaMetrics:
         self.accepted_per_position = counter(
             "accepted_tokens_per_position", "Draft tokens accepted at each position of the draft", "position"
         )
-        self.drafting_steps = counter("drafting_steps", "Steps by what drafted in them: off, floor, chain", "mode")
-        self.calibration_error = gauge(
-            "survival_calibration_error", "Mean of |predicted - real| over drafted nodes, probability"
-        )
-        self.step_time_error = gauge("step_time_error_ratio", "Mean of |predicted - measured| / measured of steps")
         self.request_latency_s = histogram("request_latency_seconds", "From arrival to last token", _LATENCY_S)
         self.first_token_s = histogram("time_to_first_token_seconds", "From arrival to first token", _LATENCY_S)
         self.output_token_s = histogram(
@@ -77,6 +97,7 @@ class ReplicaMetrics:
         self.pointer_generation = gauge("pointer_generation", "Generation of the default draft's pointer last applied")
         self.store_up = gauge("store_up", "1 while the store answers, 0 during an outage", "store")
         self.unexpected_errors = counter("unexpected_errors", "Errors that reached the outermost loop of a thread")
+        self.drafting = DraftingMetrics(registry)
         self._domains: set[str] = set()
         self._domain_lock = threading.Lock()
 

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream_kernels.adjacency import WIDTH, Adjacency
 from slipstream_kernels.isa import function, instruction_set
-from slipstream_kernels.recycling import WIDTH, Adjacency, GrowthRule
+from slipstream_kernels.recycling import GrowthRule
 from slipstream_kernels.sampling import SampleRows
 
 DRAFTERS = ("chain", "recycling", "lookup", "pool", "merged")

@@ -1,8 +1,4 @@
-"""Token Recycling's two operations: remember what the target said behind a token, and grow trees from that.
-
-An adjacency matrix has a row per token: the WIDTH most likely tokens behind it when it was last seen, best first, and
-their log-probabilities. An entry whose log-probability is no number above -inf is empty. One more row holds what was
-remembered last, whatever the token: it stands in for rows that are empty.
+"""Trees grown from a Token Recycling matrix (`adjacency`).
 
 Growing starts at a request's last token. The candidates behind a node are the entries of its token's row; the score of
 a candidate is its parent's score (the root's is 0) plus
@@ -14,8 +10,7 @@ request's own noise at the candidate's position (`noise.gumbel_noise`). The cand
 those of the stand-in, each less UNKNOWN_PENALTY: they are drafted when nothing better is left, and fill rows rather
 than being accepted. The most likely candidate anywhere becomes the next node; among equals the one found first.
 
-The matrix is that of Luo et al., "Turning Trash into Treasure" (ACL 2025, arXiv 2408.08696), which keeps no
-log-probabilities and fills a fixed template of ranks.
+Luo et al., "Turning Trash into Treasure" (ACL 2025, arXiv 2408.08696), fill a fixed template of ranks instead.
 """
 
 from __future__ import annotations
@@ -31,12 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream_kernels.adjacency import WIDTH, Adjacency, no_token, vocab_size_of
 from slipstream_kernels.isa import function, instruction_set, is_available
 from slipstream_kernels.noise import WEIGHT_BITS, fixed_log, fixed_weights, philox
-from slipstream_kernels.sampling import SampleRows, top_logprobs
-
-WIDTH = 8
-"""Entries of a row."""
+from slipstream_kernels.sampling import SampleRows
 
 # The numbers below were chosen on three small targets (two of stories, a mixture of experts of mixed text), at
 # temperatures 0 and 1 with trees of 16 and 80 nodes. Tokens per call at temperature 0, mean of the three: 2.37 at 16
@@ -61,7 +54,6 @@ UNKNOWN_PENALTY = 8.0
 NO_PARENT = -1
 """Parent of the nodes that follow the root."""
 
-_LARGEST_NARROW_VOCABULARY = 2**16
 _NUM_RULE_NUMBERS = 4 + WIDTH
 _MASK = 0xFFFFFFFF
 _TOKENS_PER_COUNTER = 4
@@ -69,20 +61,7 @@ _TOKENS_PER_COUNTER = 4
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int32
 _ARGUMENTS = {
     "recycling_grow": (*[_ADDRESS] * 2, *[_INT] * 3, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 4),
-    "recycling_remember_logits": (_ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, ctypes.c_int64, _INT),
-    "recycling_remember": (_ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT),
 }
-
-
-class Adjacency(NamedTuple):
-    """A matrix, C-contiguous: `ids_VN` uint16 where that holds the vocabulary, else int32, and `logprobs_VN` fp16.
-
-    There are V + 1 rows, the stand-in last. Every id is a token of the vocabulary, no row names one twice, and no
-    log-probability is above 0; the id of an empty entry is 0.
-    """
-
-    ids_VN: NDArray[Any]
-    logprobs_VN: NDArray[np.float16]
 
 
 class GrowthRule(NamedTuple):
@@ -124,92 +103,6 @@ class Grown(NamedTuple):
     parents_X: NDArray[np.int32]
     scores_X: NDArray[np.float64]
     ends_B: NDArray[np.int32]
-
-
-def empty_adjacency(vocab_size: int) -> Adjacency:
-    """A matrix without entries."""
-    dtype = np.uint16 if vocab_size <= _LARGEST_NARROW_VOCABULARY else np.int32
-    shape = (vocab_size + 1, WIDTH)
-    return Adjacency(np.zeros(shape, dtype), np.full(shape, -np.inf, np.float16))
-
-
-def vocab_size_of(matrix: Adjacency) -> int:
-    """How many tokens the matrix knows."""
-    return len(matrix.ids_VN) - 1
-
-
-def remember(
-    matrix: Adjacency, token_ids_T: NDArray[np.int32], top_ids_TN: NDArray[np.int32], top_logprobs_TN: NDArray[Any]
-) -> None:
-    """Replace the rows of `token_ids_T`, in order: where a token comes twice, its last row stays.
-
-    So two calls do what one call with all their rows does. The first WIDTH columns are kept, as fp16; log-probabilities
-    that are no number, and tokens that a row has named before, leave empty entries; above 0 they count as 0. Raises
-    ValueError, with nothing written, if anything is no token of the vocabulary.
-    """
-    tokens_T, ids_TN, logprobs_TN = _rows(token_ids_T, top_ids_TN, top_logprobs_TN)
-    if not is_available():
-        remember_reference(matrix, token_ids_T, top_ids_TN, top_logprobs_TN)
-        return
-    bad_row = _compiled("recycling_remember", instruction_set())(
-        *(array.ctypes.data for array in matrix),
-        matrix.ids_VN.itemsize,
-        vocab_size_of(matrix),
-        tokens_T.ctypes.data,
-        ids_TN.ctypes.data,
-        logprobs_TN.ctypes.data,
-        *ids_TN.shape,
-    )
-    if bad_row >= 0:
-        raise _no_token(matrix, [int(tokens_T[bad_row]), *ids_TN[bad_row].tolist()])
-
-
-def remember_logits(matrix: Adjacency, token_ids_T: NDArray[np.int32], logits_TV: Tensor) -> None:
-    """`remember` what fp32 logits say behind T tokens: their WIDTH most likely tokens and log-probabilities.
-
-    These are `sampling.top_logprobs` but for the last bit: the compiled kernel sums in single precision.
-    """
-    if not (is_available() and logits_TV.device.type == "cpu" and logits_TV.stride(1) == 1):
-        number = len(token_ids_T)
-        said = top_logprobs(logits_TV, range(number), [0] * number, num_top=min(WIDTH, logits_TV.shape[1]))
-        remember(matrix, token_ids_T, said.top_ids_GN.cpu().numpy(), said.top_logprobs_GN.cpu().numpy())
-        return
-    num_rows, vocab_size = logits_TV.shape
-    if len(token_ids_T) != num_rows or vocab_size != vocab_size_of(matrix):
-        raise ValueError(
-            f"{len(token_ids_T)} tokens, logits {tuple(logits_TV.shape)}; expected a row each, of "
-            f"{vocab_size_of(matrix)}"
-        )
-    tokens_T = np.ascontiguousarray(token_ids_T, np.int32)
-    bad_row = _compiled("recycling_remember_logits", instruction_set())(
-        *(array.ctypes.data for array in matrix),
-        matrix.ids_VN.itemsize,
-        vocab_size,
-        tokens_T.ctypes.data,
-        logits_TV.data_ptr(),
-        logits_TV.stride(0),
-        num_rows,
-    )
-    if bad_row >= 0:
-        raise _no_token(matrix, [int(tokens_T[bad_row])])
-
-
-def remember_reference(
-    matrix: Adjacency, token_ids_T: NDArray[np.int32], top_ids_TN: NDArray[np.int32], top_logprobs_TN: NDArray[Any]
-) -> None:
-    """`remember` in numpy, row by row: the definition."""
-    tokens_T, ids_TN, logprobs_TN = _rows(token_ids_T, top_ids_TN, top_logprobs_TN)
-    vocab_size = vocab_size_of(matrix)
-    for row in np.column_stack([tokens_T, ids_TN]).tolist():
-        if min(row) < 0 or max(row) >= vocab_size:
-            raise _no_token(matrix, row)
-    for token, ids_N, logprobs_N in zip(tokens_T, ids_TN, logprobs_TN, strict=True):
-        for place in (token, vocab_size):
-            matrix.ids_VN[place], matrix.logprobs_VN[place] = 0, -np.inf
-            for rank, candidate in enumerate(ids_N):
-                is_filled_N = np.isfinite(logprobs_N[:rank])
-                if np.isfinite(logprobs_N[rank]) and candidate not in ids_N[:rank][is_filled_N]:
-                    matrix.ids_VN[place, rank], matrix.logprobs_VN[place, rank] = candidate, logprobs_N[rank]
 
 
 def grow(
@@ -270,29 +163,7 @@ def _check_request(which: int, root: int, matrices: Sequence[Adjacency]) -> None
     if not 0 <= which < len(matrices):
         raise ValueError(f"matrix is {which}; expected 0 to {len(matrices) - 1}")
     if not 0 <= root < vocab_size_of(matrices[which]):
-        raise _no_token(matrices[which], [root])
-
-
-def _no_token(matrix: Adjacency, seen: list[int]) -> ValueError:
-    return ValueError(f"token ids are {seen}; the vocabulary is 0..{vocab_size_of(matrix) - 1}")
-
-
-def _rows(
-    token_ids_T: NDArray[np.int32], top_ids_TN: NDArray[np.int32], top_logprobs_TN: NDArray[Any]
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float16]]:
-    """What is kept of rows, C-contiguous; raises ValueError unless they belong together."""
-    if not len(token_ids_T) == len(top_ids_TN) or top_ids_TN.shape != top_logprobs_TN.shape:
-        raise ValueError(
-            f"{len(token_ids_T)} tokens, ids {top_ids_TN.shape} and log-probabilities {top_logprobs_TN.shape}; "
-            "expected a row each, of as many columns"
-        )
-    with np.errstate(over="ignore"):  # what fp16 cannot hold is as good as impossible
-        logprobs_TN = np.minimum(top_logprobs_TN[:, :WIDTH], 0).astype(np.float16)
-    return (
-        np.ascontiguousarray(token_ids_T, np.int32),
-        np.ascontiguousarray(top_ids_TN[:, :WIDTH], np.int32),
-        np.ascontiguousarray(logprobs_TN),
-    )
+        raise no_token(matrices[which], [root])
 
 
 # ------------------------------------------------------------------------------------------------ growing, defined

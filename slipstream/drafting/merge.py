@@ -29,8 +29,9 @@ from slipstream.drafting.survival import SurvivalModel
 from slipstream.drafting.tree import NO_DRAFT, DraftTree
 from slipstream.engine.sampling import draft_rows
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
+from slipstream_kernels.adjacency import Adjacency
 from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Int32, Merged, Merger, Price
-from slipstream_kernels.recycling import DEFAULT_RULE, Adjacency
+from slipstream_kernels.recycling import DEFAULT_RULE
 
 Source = Literal["chain", "recycling", "lookup", "pool"]
 

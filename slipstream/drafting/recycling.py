@@ -27,19 +27,8 @@ from slipstream.drafting.drafter import DraftContext
 from slipstream.drafting.recycling_artifact import StoredMatrix, save_matrix
 from slipstream.drafting.tree import NO_DRAFT, DraftTree
 from slipstream.versions import NO_VERSION
-from slipstream_kernels.recycling import (
-    DEFAULT_RULE,
-    NO_PARENT,
-    Adjacency,
-    Grown,
-    GrowthRule,
-    Template,
-    empty_adjacency,
-    grow,
-    remember,
-    remember_logits,
-    vocab_size_of,
-)
+from slipstream_kernels.adjacency import Adjacency, empty_adjacency, remember, remember_logits, vocab_size_of
+from slipstream_kernels.recycling import DEFAULT_RULE, NO_PARENT, Grown, GrowthRule, Template, grow
 from slipstream_kernels.sampling import row_bytes, sample_rows
 
 TreeShape = Literal["best_first", "template"]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from slipstream.errors import ArtifactRejected
-from slipstream_kernels.recycling import WIDTH, Adjacency, empty_adjacency, remember, vocab_size_of
+from slipstream_kernels.adjacency import WIDTH, Adjacency, empty_adjacency, remember, vocab_size_of
 
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
 

@@ -6,7 +6,7 @@ from prometheus_client import Counter
 
 from slipstream.drafting.merge import MergedDrafter
 from slipstream.drafting.modes import Mode
-from slipstream.telemetry import MAX_POSITIONS, ReplicaMetrics
+from slipstream.telemetry import MAX_POSITIONS, DraftingMetrics, ReplicaMetrics
 
 
 class DomainCounts:
@@ -84,14 +84,14 @@ class StepCounts:
 class DraftingCounts:
     """What a budgeted drafter decided, and how well it knew."""
 
-    def __init__(self, metrics: ReplicaMetrics) -> None:
+    def __init__(self, metrics: DraftingMetrics) -> None:
         self._metrics = metrics
         self._handed_over: dict[Mode, int] = {}
 
     def hand_over(self, drafter: MergedDrafter) -> None:
         """Give the metrics what came since the last call."""
         for mode, number in drafter.modes.counts.items():
-            steps = self._metrics.drafting_steps.labels(mode.name.lower())
+            steps = self._metrics.steps.labels(mode.name.lower())
             steps.inc(number - self._handed_over.get(mode, 0))
             self._handed_over[mode] = number
         self._metrics.calibration_error.set(drafter.calibration_error())

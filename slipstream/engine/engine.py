@@ -96,7 +96,7 @@ class Engine:
         self._device = device
         self._rule = rule_named(rule)
         self._counts = StepCounts(metrics)
-        self._drafting_counts = DraftingCounts(metrics)
+        self._drafting_counts = DraftingCounts(metrics.drafting)
         self._num_steps = 0
         self._scheduler = Scheduler(limits, max_context_tokens=self.max_context_tokens)
         self._target = open_target(target, limits, device=device, decoders=decoders)

@@ -10,7 +10,7 @@ from slipstream.drafting.recycling_artifact import StoredMatrix, load_matrix
 from slipstream.engine.artifact import load_verified
 from slipstream.engine.runner import EngineRunner
 from slipstream.versions import MATRIX, NO_VERSION, Place
-from slipstream_kernels.recycling import empty_adjacency
+from slipstream_kernels.adjacency import empty_adjacency
 
 
 class Served(Protocol):

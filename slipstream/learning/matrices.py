@@ -21,7 +21,7 @@ from slipstream.learning.matrix_replay import rows_of
 from slipstream.records import Observation
 from slipstream.stores.protocols import ModelRegistry, PointerStore
 from slipstream.versions import MATRIX, NO_VERSION, Lineage, ModelVersion
-from slipstream_kernels.recycling import Adjacency, empty_adjacency, remember
+from slipstream_kernels.adjacency import Adjacency, empty_adjacency, remember
 
 _logger = logging.getLogger(__name__)
 

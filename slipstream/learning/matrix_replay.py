@@ -19,7 +19,8 @@ from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.learning.shadow import ReplayScore
 from slipstream.records import Observation, Round, unpack_floats, unpack_ids
 from slipstream.versions import NO_VERSION
-from slipstream_kernels.recycling import NO_PARENT, Adjacency, Grown, empty_adjacency, grow, remember
+from slipstream_kernels.adjacency import Adjacency, empty_adjacency, remember
+from slipstream_kernels.recycling import NO_PARENT, Grown, grow
 from slipstream_kernels.sampling import row_bytes, sample_rows
 
 

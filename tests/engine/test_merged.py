@@ -241,3 +241,14 @@ def test_a_draft_that_fell_behind_reads_a_window_and_drafts_what_it_would_have_d
 
 def _chains(draft: Checkpoint, window: int | None) -> ChainDrafter:
     return ChainDrafter(draft, version=1, num_slots=1, max_context_tokens=512, max_catch_up_tokens=512, window=window)
+
+
+def test_metrics_say_what_was_decided_and_how_well_it_was_known(
+    target: Checkpoint, sibling: Checkpoint, prompts: Prompts
+) -> None:
+    served = Served(limits=SIZES, drafting=DraftingOptions(), draft=sibling, max_tokens=96)
+    run = serve(target, prompts, served)
+    steps = sum(run.metric("drafting_steps_total", mode=mode) for mode in ("off", "floor", "chain"))
+    assert steps >= 64
+    assert 0 < run.metric("survival_calibration_error") < 0.3
+    assert run.metric("step_time_error_ratio") > 0

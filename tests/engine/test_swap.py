@@ -25,7 +25,7 @@ from slipstream.models.decoder import initial_draft
 from slipstream.stores.memory import MemoryPointers
 from slipstream.telemetry import ReplicaMetrics
 from slipstream.versions import DRAFT, MATRIX, Acknowledgement, Place, ServingPointer
-from slipstream_kernels.recycling import empty_adjacency, remember
+from slipstream_kernels.adjacency import empty_adjacency, remember
 
 DEADLINE_S = 60.0
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slipstream.drafting.survival import NodeFeatures, SurvivalModel
-from slipstream_kernels.recycling import DEFAULT_RULE, Adjacency, candidates_reference
+from slipstream_kernels.adjacency import Adjacency
+from slipstream_kernels.recycling import DEFAULT_RULE, candidates_reference
 
 MATCHING = ("lookup", "pool")
 

@@ -14,23 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from slipstream_kernels.noise import gumbel_noise
-from slipstream_kernels.recycling import (
-    NO_PARENT,
+from slipstream_kernels.adjacency import (
     WIDTH,
     Adjacency,
-    Grown,
-    GrowthRule,
-    Template,
     empty_adjacency,
-    grow,
-    grow_reference,
-    noise_of_tokens,
     remember,
     remember_logits,
     remember_reference,
     vocab_size_of,
 )
+from slipstream_kernels.noise import gumbel_noise
+from slipstream_kernels.recycling import NO_PARENT, Grown, GrowthRule, Template, grow, grow_reference, noise_of_tokens
 from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows, top_logprobs
 
 PLAIN_RULE = GrowthRule(depth_penalty=0.0, rank_share=0.0)

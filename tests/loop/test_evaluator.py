@@ -27,7 +27,7 @@ from slipstream.stores.memory import MemoryLog, MemoryPointers, MemoryRegistry
 from slipstream.stores.protocols import LogEntry
 from slipstream.telemetry import MAX_DOMAINS, WorkerMetrics
 from slipstream.versions import DRAFT, MATRIX, Lineage, ModelVersion, Place
-from slipstream_kernels.recycling import empty_adjacency, remember
+from slipstream_kernels.adjacency import empty_adjacency, remember
 from tests.observed import TARGET_DIGEST, VOCAB_SIZE, observation, of_another_target
 from workers.evaluator.worker import EvaluatorWorker
 

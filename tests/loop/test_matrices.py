@@ -17,7 +17,7 @@ from slipstream.errors import StoreUnavailable
 from slipstream.learning.matrix_replay import rows_of
 from slipstream.records import is_held_out
 from slipstream.versions import DRAFT, MATRIX, ModelVersion
-from slipstream_kernels.recycling import Adjacency, empty_adjacency, remember
+from slipstream_kernels.adjacency import Adjacency, empty_adjacency, remember
 from tests.observed import TARGET_DIGEST, VOCAB_SIZE, observation
 
 

@@ -11,7 +11,8 @@ from slipstream.acceptance import AcceptanceCounts
 from slipstream.drafting.recycling_artifact import StoredMatrix, matrix_digest
 from slipstream.learning.matrix_replay import rows_of, score_matrix
 from slipstream.records import Observation, SamplingRecord, pack_floats, pack_ids
-from slipstream_kernels.recycling import empty_adjacency, noise_of_tokens, remember
+from slipstream_kernels.adjacency import empty_adjacency, remember
+from slipstream_kernels.recycling import noise_of_tokens
 from slipstream_kernels.sampling import row_bytes, sample_rows
 from tests.observed import VOCAB_SIZE, observation
 

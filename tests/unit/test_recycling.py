@@ -21,8 +21,9 @@ from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.tree import NO_DRAFT, ROOT, DraftTree, checked, depths
 from slipstream.engine.request import SamplingParams
 from slipstream.models.checkpoint import load_checkpoint
+from slipstream_kernels.adjacency import empty_adjacency
 from slipstream_kernels.noise import gumbel_noise
-from slipstream_kernels.recycling import GrowthRule, empty_adjacency
+from slipstream_kernels.recycling import GrowthRule
 from slipstream_kernels.sampling import choose, row_bytes, sample_rows
 
 MODELS = Path(__file__).parents[2] / "deploy" / "models"

@@ -20,7 +20,7 @@ from slipstream.engine.artifact import fetch
 from slipstream.engine.request import SamplingParams
 from slipstream.errors import ArtifactRejected
 from slipstream.versions import ServingPointer
-from slipstream_kernels.recycling import Adjacency, empty_adjacency, remember
+from slipstream_kernels.adjacency import Adjacency, empty_adjacency, remember
 
 VOCAB_SIZE = 50
 
