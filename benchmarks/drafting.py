@@ -12,7 +12,7 @@ there is little to draft. What is measured begins when all requests of a group h
 group have answers of similar length. Every system has served 22 training prompts before.
 
 The reduced grid (default, within an hour) has all 18 cells: mix-moe-11m x4 and x8 and mix-dense-6m x8, batch 1, 4 and
-16, temperature 0 and 1, with 16, 5 and 3 groups; fixed settings are look-up 4, recycling 4 and 8, chain 2, 4 and 8,
+16, temperature 0 and 1, with 10, 3 and 2 groups; fixed settings are look-up 4, recycling 4 and 8, chain 2, 4 and 8,
 merged 4, 8 and 16. `--full` has 40, 12 and 8 groups, and also look-up 8, recycling 2 and 16. `--quick` has one size at
 batch 1 and 16, temperature 0, few settings and groups, and goals of its own. `--cell` names one cell of the grid, as
 in "mix-moe-11m x8, batch 1, temperature 0".
@@ -93,7 +93,7 @@ def _settings(**nodes: Sequence[int]) -> tuple[System, ...]:
 REDUCED = Grid(
     sizes=SIZES,
     temperatures=(0.0, 1.0),
-    num_groups={1: 16, 4: 5, 16: 3},
+    num_groups={1: 10, 4: 3, 16: 2},
     settings=_settings(lookup=(4,), recycling=(4, 8), chain=(2, 4, 8), merged=(4, 8, 16)),
     bounds=FULL_BOUNDS,
 )

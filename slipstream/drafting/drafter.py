@@ -46,10 +46,14 @@ class StepLoad(msgspec.Struct, frozen=True):
 
 
 class LearnedRequest(msgspec.Struct, frozen=True):
-    """A request that went on with `kept_ids` in a pass; `output_ids` is its whole output if it ended there."""
+    """A request that went on with `kept_ids` in a pass, over `num_rows` of the lesson's rows.
+
+    `output_ids` is its whole output if it ended there.
+    """
 
     slot: int
     tenant: str
+    num_rows: int
     kept_ids: Sequence[int]
     output_ids: Sequence[int] | None = None
 
@@ -57,13 +61,12 @@ class LearnedRequest(msgspec.Struct, frozen=True):
 class Lesson(msgspec.Struct, frozen=True):
     """What a pass of the target taught: X rows of logits, and the requests that got tokens from them.
 
-    `row_ids_X` int32 is the token whose next one each row predicts, `tenants_X` whose it is; `logits_XV` fp32 is valid
-    until the next pass. The pass was over `num_rows` rows, nodes among them, and took `seconds`; `expert_ids_TLK` are
+    `row_ids_X` int32 is the token whose next one each row predicts, request by request; `logits_XV` fp32 is valid until
+    the next pass. The pass was over `num_rows` rows, nodes among them, and took `seconds`; `expert_ids_TLK` are
     the experts that its rows chose, None for a dense target.
     """
 
     row_ids_X: NDArray[np.int32]
-    tenants_X: Sequence[str]
     logits_XV: Tensor
     requests: Sequence[LearnedRequest]
     num_rows: int

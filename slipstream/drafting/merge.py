@@ -46,10 +46,17 @@ CATCH_UP_WINDOW = 64
 _JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""
 
+_MANY_TRIALS = 20_000
+_STEPS_BETWEEN_JUDGEMENTS = 4
+"""Once so many candidates were judged, one in so many steps is."""
+
 _STEPS_BETWEEN_COSTS = 4
 """One in so many steps corrects the prediction of what steps cost."""
 
-_STEPS_BETWEEN_LESSONS = 16
+_PLAIN_BESIDE_S = 2e-4
+"""What a step without drafts takes beside its pass, until one was seen."""
+
+_STEPS_BETWEEN_LESSONS = 64
 """One in so many steps is learned from while speculation is off."""
 
 _DRAFT_TIME_SHARE = 0.1
@@ -109,13 +116,13 @@ class MergedDrafter:
         self._num_known = [0] * num_slots
         self._mode = Mode.OFF
         self._load = StepLoad(0, 0, 0.0)
-        # What drafting and learning take beside a pass, by mode and number of requests to a factor of two.
-        self._draft_s: dict[tuple[Mode, int], float] = {}
-        self._learn_s: dict[tuple[Mode, int], float] = {}
+        # What steps take beside their pass, by mode and number of requests to a factor of two.
+        self._beside_s: dict[tuple[Mode, int], float] = {}
         self._token_s: dict[int, float] = {}
         self._was_level = True
         self._num_steps = 0
         self._num_judged = 0
+        self._num_known_trials = 0
 
     @property
     def version(self) -> int:
@@ -153,6 +160,7 @@ class MergedDrafter:
             self._chains[domain] = chain
         for model in (self.greedy, self.sampled):
             model.forget("chain")
+        self._num_known_trials = 0
         self.modes.forget(Mode.CHAIN)
 
     def install_matrix(self, matrix: StoredMatrix, *, version: int) -> None:
@@ -161,34 +169,33 @@ class MergedDrafter:
             self._vocab_size, start=matrix, version=version, max_tenants=self.options.max_tenants
         )
 
-    def expect(self, load: StepLoad) -> None:
-        """What the coming pass is without drafts; to be told before `propose`."""
+    def wants(self, load: StepLoad, *, can_draft: bool) -> bool:
+        """Whether to draft for the coming pass; to be asked for every pass, before `propose`.
+
+        `can_draft` False: no request may have a draft in it.
+        """
         self._load = load
-        self._mode = Mode.OFF
+        self._mode = self._chosen_mode(load) if can_draft else Mode.OFF
+        self._was_level = True
+        return self._mode is not Mode.OFF
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
         """One tree per context, in order; NO_DRAFT where nothing is worth its cost."""
-        load = self._load
-        has_chain = "chain" in self.options.sources and any(self._chain_of(one.domain) for one in contexts)
-        has_floor = self.options.sources != ("chain",)
-        if self.options.fixed_nodes:
-            mode = Mode.CHAIN if has_chain else Mode.FLOOR
-        else:
-            mode = self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
-        self._mode = mode
-        if mode is Mode.OFF:
-            return [NO_DRAFT] * len(contexts)
-        started = time.perf_counter()
-        key = mode, len(contexts).bit_length()
-        price = self._price(contexts, load, draft_s=self._draft_s.get(key, 0.0) + self._learn_s.get(key, 0.0))
+        load, mode = self._load, self._mode
+        price = self._price(contexts, load)
         chains, versions = self._draft_chains(contexts, price, is_wanted=mode is Mode.CHAIN)
         matrices, limits_B4 = self._limits(contexts)
         merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
         trees = _trees(merged, versions)
         if self._was_level:
             self.modes.note(mode, merged.gain, num_requests=load.num_choosing)
-            self._draft_s[key] = _towards(time.perf_counter() - started, self._draft_s.get(key))
         return trees
+
+    def finished(self, beside_s: float) -> None:
+        """The step took so many seconds beside its pass: all that drafting costs, wherever it is spent."""
+        if self._was_level and self._load.num_rows == self._load.num_choosing:
+            key = self._mode, self._load.num_choosing.bit_length()
+            self._beside_s[key] = _towards(beside_s, self._beside_s.get(key))
 
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
@@ -197,7 +204,6 @@ class MergedDrafter:
 
     def learn(self, lesson: Lesson) -> None:
         """Take over what the target said, judge what was proposed, and correct what steps cost."""
-        started = time.perf_counter()
         is_nth = self._num_steps % _STEPS_BETWEEN_COSTS == 0
         if is_nth and self.step_cost is not None and self._load.num_rows == self._load.num_choosing:
             self.step_cost.observe(
@@ -208,13 +214,12 @@ class MergedDrafter:
             )
         if "recycling" in self.options.sources:
             self._recycle(lesson)
-        if self._mode is not Mode.OFF:
+        is_judging = self._num_known_trials < _MANY_TRIALS or self._num_steps % _STEPS_BETWEEN_JUDGEMENTS == 0
+        if self._mode is not Mode.OFF and is_judging:
             self._judge(lesson)
         for request in lesson.requests if "pool" in self.options.sources else ():
             if request.output_ids is not None:
                 self._merger.keep(_scope(request.tenant), request.output_ids)
-        key = self._mode, len(lesson.requests).bit_length()
-        self._learn_s[key] = _towards(time.perf_counter() - started, self._learn_s.get(key))
 
     def committed(self, slot: int, *, num_tokens: int) -> None:
         """Draft models drop what was proposed beyond these tokens."""
@@ -228,22 +233,34 @@ class MergedDrafter:
         for chain in self._chains.values():
             chain.release(slot)
 
+    def _chosen_mode(self, load: StepLoad) -> Mode:
+        has_chain = "chain" in self.options.sources and bool(self._chains)
+        if self.options.fixed_nodes:
+            return Mode.CHAIN if has_chain else Mode.FLOOR
+        has_floor = self.options.sources != ("chain",)
+        return self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
+
+    def _draft_s(self, load: StepLoad) -> float:
+        """What drafting in this mode adds to a step beside its pass."""
+        size = load.num_choosing.bit_length()
+        drafting_s = self._beside_s.get((self._mode, size), 0.0)
+        return max(drafting_s - self._beside_s.get((Mode.OFF, size), _PLAIN_BESIDE_S), 0.0)
+
     def _chain_of(self, domain: str) -> ChainDrafter | None:
         return self._chains.get(domain) or self._chains.get(DEFAULT_DOMAIN)
 
-    def _price(self, contexts: Sequence[DraftContext], load: StepLoad, *, draft_s: float) -> Price:
+    def _price(self, contexts: Sequence[DraftContext], load: StepLoad) -> Price:
         if self.step_cost is None or self.options.fixed_nodes:
             max_nodes = sum(self._max_nodes(one) for one in contexts)
             return Price(np.ones(max_nodes + 1), 0.0, load.num_choosing, is_budgeted=False)
-        step_s = self.step_cost.over_nodes(
+        step_s, least_share = self.step_cost.over_nodes(
             num_rows=load.num_rows,
             max_nodes=sum(self._max_nodes(one) for one in contexts),
             context_tokens=load.context_tokens,
         )
         # Nodes that survive less often than this never pay, whatever their number.
-        cheapest_s = ((step_s[1:] - step_s[0]) / np.arange(1, len(step_s))).min()
-        min_survival = max(float(cheapest_s / step_s[0]) * load.num_choosing, 0.0)
-        return Price(step_s, draft_s, load.num_choosing, min_survival=min(min_survival, 0.9))
+        min_survival = min(least_share * load.num_choosing, 0.9)
+        return Price(step_s, self._draft_s(load), load.num_choosing, min_survival=min_survival)
 
     def _draft_chains(
         self, contexts: Sequence[DraftContext], price: Price, *, is_wanted: bool
@@ -251,11 +268,12 @@ class MergedDrafter:
         """The chains of all contexts, and the version that drafted each."""
         width = self.options.max_chain_tokens
         number = len(contexts)
-        chains = Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
         versions = [NO_VERSION] * number
+        if not is_wanted:
+            return _no_chains(number), versions
+        chains = Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
         rows_of: dict[str, list[int]] = {}
-        self._was_level = True
-        for row, context in enumerate(contexts if is_wanted else ()):
+        for row, context in enumerate(contexts):
             if self._chain_of(context.domain):
                 domain = context.domain if context.domain in self._chains else DEFAULT_DOMAIN
                 rows_of.setdefault(domain, []).append(row)
@@ -325,8 +343,8 @@ class MergedDrafter:
         if self.options.max_tenants is None:
             self._recycling.observe_logits(lesson.row_ids_X, lesson.logits_XV)
             return
-        tenants_X = np.array(lesson.tenants_X)
-        for tenant in dict.fromkeys(lesson.tenants_X):
+        tenants_X = np.repeat([one.tenant for one in lesson.requests], [one.num_rows for one in lesson.requests])
+        for tenant in dict.fromkeys(one.tenant for one in lesson.requests):
             rows = np.flatnonzero(tenants_X == tenant)
             self._recycling.observe_logits(lesson.row_ids_X[rows], lesson.logits_XV[rows], tenant=tenant)
 
@@ -335,6 +353,7 @@ class MergedDrafter:
         self._num_judged += self._merger.judge([one.slot for one in requests], [one.kept_ids for one in requests])
         if self._num_judged < _JUDGED_AT_ONCE:
             return
+        self._num_known_trials += self._num_judged
         self._num_judged = 0
         for model in (self.greedy, self.sampled):
             for name in DRAFTERS:
@@ -366,6 +385,11 @@ def _trees(merged: Merged, versions: Sequence[int]) -> list[DraftTree]:
         else NO_DRAFT
         for (start, end), version in zip(pairwise([0, *ends]), versions, strict=True)
     ]
+
+
+@lru_cache(maxsize=64)
+def _no_chains(number: int) -> Chains:
+    return Chains(np.zeros((number, 1), np.int32), np.zeros((number, 1)), np.zeros(number, np.int32))
 
 
 @lru_cache(maxsize=4096)

@@ -29,7 +29,7 @@ _FIRST_GAINS = 6
 
 _FIRST_PATIENCE = 4
 
-_LEAST_GAIN = 1.01
+_LEAST_GAIN = 1.02
 """What drafting must gain: less than that does not pay for being wrong."""
 
 _NEWEST_SHARE = 0.15
@@ -58,14 +58,21 @@ class Modes:
         self._trial: Mode | None = None
         self._trial_gains = 0
         self._trial_steps = 0
+        # While speculation is off, asking costs nothing: nothing changes before the next trial or another load.
+        self._off_for: tuple[int, bool, bool] | None = None
 
     def choose(self, num_requests: int, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step."""
-        size = num_requests.bit_length()
+        key = num_requests.bit_length(), has_floor, has_chain
+        if self._off_for == key and self._num_steps + 1 < self._interval:
+            self._num_steps += 1
+            self.counts[Mode.OFF] += 1
+            return Mode.OFF
         drafting = [Mode.FLOOR] * has_floor + [Mode.CHAIN] * has_chain
-        mode = self._chosen(size, drafting)
+        mode = self._chosen(key[0], drafting)
         self.counts[mode] += 1
-        self._num_taken[size, mode] += 1
+        self._num_taken[key[0], mode] += 1
+        self._off_for = key if mode is Mode.OFF and self._trial is None else None
         return mode
 
     def note(self, mode: Mode, gain: float, *, num_requests: int) -> None:
@@ -84,7 +91,7 @@ class Modes:
         """Begin anew with a mode: its drafter was replaced."""
         for key in [key for key in self._gains if key[1] is mode]:
             del self._gains[key], self._num_noted[key], self._num_taken[key]
-        self._interval = SHORTEST_INTERVAL
+        self._interval, self._off_for = SHORTEST_INTERVAL, None
 
     def _chosen(self, size: int, drafting: list[Mode]) -> Mode:
         if not drafting:

@@ -174,7 +174,7 @@ class StepCost:
         seconds = (measured.varied_s_GC + measured.alike_s_GC) / 2
         num_experts = (measured.varied_experts_GC + measured.alike_experts_GC) / 2
         self._base_s_GC = np.maximum(seconds - self._expert_s * num_experts, _SMALLEST_S)
-        self._lines: dict[tuple[int, int, int], Float64] = {}
+        self._lines: dict[tuple[int, int, int], tuple[Float64, float]] = {}
         self._forgets_at = 0
         self.num_steps = 0
         self.mean_error_ratio = 0.0
@@ -202,10 +202,11 @@ class StepCost:
             seconds += slope * np.maximum(rows - self._rows[-1], 0.0)
         return seconds * self._pace
 
-    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> Float64:
+    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> tuple[Float64, float]:
         """Seconds of a step of `num_rows` rows and 0, 1, ... `max_nodes` nodes beside them: max_nodes + 1 entries.
 
-        Asked every step, so all but the pace is remembered for a while, for contexts that are nearly as long.
+        And what a node adds where nodes add least, as a share of the step without any. Asked every step, so all but the
+        pace is remembered for a while, for contexts that are nearly as long.
         """
         key = num_rows, max_nodes, round(context_tokens / _CONTEXT_STEP)
         if self.num_steps >= self._forgets_at:
@@ -213,8 +214,11 @@ class StepCost:
             self._forgets_at = self.num_steps + _STEPS_REMEMBERED
         if key not in self._lines:
             rows = np.arange(num_rows, num_rows + max_nodes + 1)
-            self._lines[key] = self.predict_s(rows, context_tokens=context_tokens) / self._pace
-        return self._lines[key] * self._pace
+            line = self.predict_s(rows, context_tokens=context_tokens) / self._pace
+            added = (line[1:] - line[0]) / np.arange(1, len(line))
+            self._lines[key] = line, max(float(added.min(initial=np.inf) / line[0]), 0.0)
+        line, least_share = self._lines[key]
+        return line * self._pace, least_share
 
     def observe(
         self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None = None

@@ -225,6 +225,7 @@ class Engine:
         self._drop_cancelled()
         working = self._scheduler.schedule(has_drafter=self._drafter is not None)
         self._forget_freed_slots()
+        pass_s = 0.0
         if working:
             trees = self._draft(working)
             plan = pack(working, trees, self._scheduler.block_tables_BC)
@@ -239,7 +240,10 @@ class Engine:
             note_what_was_said(passes, plan, output, top_n=self._source.top_n)
             for one in passes:
                 self._hand_out(one)
-        self._measure(time.perf_counter() - started, has_worked=bool(working))
+        step_s = time.perf_counter() - started
+        if working and self._merged is not None:
+            self._merged.finished(step_s - pass_s)
+        self._measure(step_s, has_worked=bool(working))
         return bool(working)
 
     def fail_all(self, error: str) -> None:
@@ -274,9 +278,9 @@ class Engine:
 
     def _draft(self, working: Sequence[RunningSequence]) -> Sequence[DraftTree]:
         """One tree per sequence; NO_DRAFT for those that read their prompt or must not speculate."""
-        if self._merged is not None:
-            self._merged.expect(load_of(working))
         wanting = [sequence for sequence in working if sequence.max_depth]
+        if self._merged is not None and not self._merged.wants(load_of(working), can_draft=bool(wanting)):
+            return [NO_DRAFT] * len(working)
         if self._drafter is None or not wanting:
             return [NO_DRAFT] * len(working)
         max_nodes = self.limits.num_draft_tokens

@@ -55,7 +55,6 @@ def lesson_of(passes: Sequence[Pass], plan: StepPlan, output: StepOutput, pass_s
     """What a step of `pass_s` seconds teaches, after it was committed."""
     return Lesson(
         row_ids_X=plan.ids_T[plan.logit_rows_X],
-        tenants_X=[one.sequence.request.tenant for one in passes for _ in range(1 + len(one.tree.token_ids))],
         logits_XV=output.logits_XV,
         requests=[_learned(one) for one in passes],
         num_rows=len(plan.ids_T),
@@ -67,7 +66,8 @@ def lesson_of(passes: Sequence[Pass], plan: StepPlan, output: StepOutput, pass_s
 def _learned(one: Pass) -> LearnedRequest:
     sequence = one.sequence
     output_ids = None if sequence.finish_reason is None else sequence.token_ids[sequence.num_prompt :]
-    return LearnedRequest(sequence.slot, sequence.request.tenant, one.kept_ids, output_ids)
+    num_rows = 1 + len(one.tree.token_ids)
+    return LearnedRequest(sequence.slot, sequence.request.tenant, num_rows, one.kept_ids, output_ids)
 
 
 def passes_of(sequences: Sequence[RunningSequence], trees: Sequence[DraftTree]) -> list[Pass]:

@@ -156,8 +156,8 @@ class FixedCost:
     def __init__(self, per_node: float) -> None:
         self._per_node = per_node
 
-    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> NDArray[np.float64]:
-        return 1.0 + self._per_node * np.arange(max_nodes + 1.0)
+    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> tuple[NDArray[np.float64], float]:
+        return 1.0 + self._per_node * np.arange(max_nodes + 1.0), self._per_node
 
     def observe(self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None) -> None:
         pass

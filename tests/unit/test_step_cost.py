@@ -50,8 +50,9 @@ def test_rows_are_rounded_up_to_their_shape_before_they_are_priced() -> None:
 
 def test_over_nodes_prices_no_node_first() -> None:
     cost = StepCost(dense(TABLE))
-    over = cost.over_nodes(num_rows=2, max_nodes=2, context_tokens=16)
+    over, least_share = cost.over_nodes(num_rows=2, max_nodes=2, context_tokens=16)
     assert over.tolist() == pytest.approx([1.2, 1.4, 1.6])
+    assert least_share == pytest.approx(0.2 / 1.2)
 
 
 def test_points_out_of_order_are_refused() -> None:
