@@ -200,11 +200,13 @@ class MergedDrafter:
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
         self._num_steps += 1
-        return self._mode is not Mode.OFF or self._num_steps % _STEPS_BETWEEN_LESSONS == 0
+        return (
+            self._mode is not Mode.OFF or self.modes.is_trying or self._num_steps % _STEPS_BETWEEN_LESSONS == 0
+        )
 
     def learn(self, lesson: Lesson) -> None:
         """Take over what the target said, judge what was proposed, and correct what steps cost."""
-        is_nth = self._num_steps % _STEPS_BETWEEN_COSTS == 0
+        is_nth = self._num_steps % _STEPS_BETWEEN_COSTS == 0 or self._mode is Mode.OFF
         if is_nth and self.step_cost is not None and self._load.num_rows == self._load.num_choosing:
             self.step_cost.observe(
                 num_rows=lesson.num_rows,

@@ -2,9 +2,10 @@
 
 The gain of a mode is the tokens a second of a step in it, drafting included, over those of a step without drafts, as
 the budget expects them. Gains are remembered per mode and size of the batch, to a factor of two; a size without any
-goes by the nearest one. A step is taken in the mode with the largest gain; speculation is off where none is much above
+goes by the next one. A step is taken in the mode with the largest gain; speculation is off where none is much above
 1. Now and then another mode is tried, because text, drafts and load change; the longer nothing better is found, the
-more seldom. While speculation is off, trials are all it costs.
+more seldom. While speculation is off, trials are all it costs; while it is on, a plain step now and then keeps what
+plain steps cost known.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class Modes:
         self._gains: dict[tuple[int, Mode], float] = {}
         self._num_noted: Counter[tuple[int, Mode]] = Counter()
         self._num_taken: Counter[tuple[int, Mode]] = Counter()
-        self._interval = SHORTEST_INTERVAL
-        self._num_steps = 0
+        # By size of the batch: steps between trials, and steps since the last one.
+        self._intervals: dict[int, int] = {}
+        self._num_steps: Counter[int] = Counter()
         self._num_trials = 0
         self._trial: Mode | None = None
         self._trial_gains = 0
@@ -63,15 +65,16 @@ class Modes:
 
     def choose(self, num_requests: int, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step."""
-        key = num_requests.bit_length(), has_floor, has_chain
-        if self._off_for == key and self._num_steps + 1 < self._interval:
-            self._num_steps += 1
+        size = num_requests.bit_length()
+        key = size, has_floor, has_chain
+        if self._off_for == key and self._num_steps[size] + 1 < self._interval(size):
+            self._num_steps[size] += 1
             self.counts[Mode.OFF] += 1
             return Mode.OFF
         drafting = [Mode.FLOOR] * has_floor + [Mode.CHAIN] * has_chain
-        mode = self._chosen(key[0], drafting)
+        mode = self._chosen(size, drafting)
         self.counts[mode] += 1
-        self._num_taken[key[0], mode] += 1
+        self._num_taken[size, mode] += 1
         self._off_for = key if mode is Mode.OFF and self._trial is None else None
         return mode
 
@@ -87,11 +90,17 @@ class Modes:
         """The gain of a mode, 1 for OFF, and where nothing is known."""
         return self._gain_at(num_requests.bit_length(), mode)
 
+    @property
+    def is_trying(self) -> bool:
+        """Whether a trial is going on."""
+        return self._trial is not None
+
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
         for key in [key for key in self._gains if key[1] is mode]:
             del self._gains[key], self._num_noted[key], self._num_taken[key]
-        self._interval, self._off_for = SHORTEST_INTERVAL, None
+        self._intervals.clear()
+        self._off_for = None
 
     def _chosen(self, size: int, drafting: list[Mode]) -> Mode:
         if not drafting:
@@ -102,30 +111,34 @@ class Modes:
         gains = {Mode.OFF: _LEAST_GAIN} | {mode: self._gain_at(size, mode) for mode in drafting}
         best = max(gains, key=gains.__getitem__)
         if self._trial is not None:
-            return self._in_trial(self._trial, best, drafting)
-        self._num_steps += 1
-        others = [mode for mode in drafting if mode is not best]
-        if self._num_steps >= self._interval and others:
+            return self._in_trial(size, self._trial, best, drafting)
+        self._num_steps[size] += 1
+        if self._num_steps[size] >= self._interval(size):
+            others = [mode for mode in (Mode.OFF, *drafting) if mode is not best]
             self._num_trials += 1
             self._trial, self._trial_gains, self._trial_steps = others[self._num_trials % len(others)], 0, 0
         return best
 
+    def _interval(self, size: int) -> int:
+        return self._intervals.get(size, SHORTEST_INTERVAL)
+
     def _is_known(self, size: int, mode: Mode) -> bool:
-        """Whether a mode has had its first steps: at this size, or at any other in full."""
-        has_tried = self._num_taken[size, mode] >= _FIRST_PATIENCE * _FIRST_GAINS
-        return has_tried or any(
-            number >= _FIRST_GAINS for (_, other), number in self._num_noted.items() if other is mode
-        )
+        """Whether a mode has had its first steps at this size, or at one next to it in full."""
+        if self._num_taken[size, mode] >= _FIRST_PATIENCE * _FIRST_GAINS:
+            return True
+        return any(self._num_noted[near, mode] >= _FIRST_GAINS for near in (size, size - 1, size + 1))
 
     def _gain_at(self, size: int, mode: Mode) -> float:
-        """What is known of a mode at the nearest size; 1 if nothing is."""
-        sizes = [known for known, other in self._gains if other is mode]
-        return self._gains[min(sizes, key=lambda known: abs(known - size)), mode] if sizes else 1.0
+        """What is known of a mode at this size, or at one next to it; 1 if nothing is."""
+        known = (self._gains.get((near, mode)) for near in (size, size - 1, size + 1))
+        return next((gain for gain in known if gain is not None), 1.0)
 
-    def _in_trial(self, trial: Mode, best: Mode, drafting: list[Mode]) -> Mode:
+    def _in_trial(self, size: int, trial: Mode, best: Mode, drafting: list[Mode]) -> Mode:
         self._trial_steps += 1
-        if trial in drafting and self._trial_gains < TRIAL_STEPS and self._trial_steps <= LONGEST_TRIAL_STEPS:
+        most_steps = 1 if trial is Mode.OFF else LONGEST_TRIAL_STEPS
+        can_go_on = trial is Mode.OFF or trial in drafting
+        if can_go_on and self._trial_gains < TRIAL_STEPS and self._trial_steps <= most_steps:
             return trial
-        self._interval = SHORTEST_INTERVAL if best is trial else min(2 * self._interval, LONGEST_INTERVAL)
-        self._num_steps, self._trial = 0, None
+        self._intervals[size] = SHORTEST_INTERVAL if best is trial else min(2 * self._interval(size), LONGEST_INTERVAL)
+        self._num_steps[size], self._trial = 0, None
         return best

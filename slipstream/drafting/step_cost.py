@@ -76,16 +76,22 @@ class MeasuredSteps(msgspec.Struct, frozen=True):
 
 
 def measure(probe: StepProbe, *, rows: Sequence[int], contexts: Sequence[int], repeats: int = 5) -> MeasuredSteps:
-    """Time the probe at every point: the median of `repeats` runs after one that is not counted."""
-    seconds = np.empty((2, len(rows), len(contexts)))
-    experts = np.empty_like(seconds)
+    """Time the probe at every point: medians of `repeats` runs after one that is not counted.
+
+    Each run is compared with one of the smallest step just before it, because the machine's pace may change within
+    seconds, and what a budget needs most is how sizes compare.
+    """
+    ratios = np.empty((repeats, 2, len(rows), len(contexts)))
+    experts = np.empty(ratios.shape[1:])
+    smallest_s: list[float] = []
     for kind, is_varied in enumerate((True, False)):
         for row, num_rows in enumerate(rows):
             for column, context in enumerate(contexts):
                 experts[kind, row, column] = probe(num_rows, context, is_varied=is_varied)
-                seconds[kind, row, column] = statistics.median(
-                    _timed(probe, num_rows, context, is_varied) for _ in range(repeats)
-                )
+                for repeat in range(repeats):
+                    smallest_s.append(_timed(probe, rows[0], contexts[0], True))
+                    ratios[repeat, kind, row, column] = _timed(probe, num_rows, context, is_varied) / smallest_s[-1]
+    seconds = np.median(ratios, axis=0) * statistics.median(smallest_s)
     return MeasuredSteps(tuple(rows), tuple(contexts), seconds[0], seconds[1], experts[0], experts[1])
 
 

@@ -22,10 +22,14 @@ def taken(modes: Modes, gains: Mapping[Mode, float], *, num_steps: int, num_requ
 
 
 def test_every_mode_is_tried_before_the_best_one_is_kept() -> None:
-    chosen = taken(Modes(), {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=100)
+    chosen = taken(Modes(), {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=300)
     assert set(chosen[:12]) == {Mode.FLOOR, Mode.CHAIN}
-    assert set(chosen[12:]) == {Mode.FLOOR, Mode.CHAIN}, "a trial of the other"
-    assert chosen[12:].count(Mode.FLOOR) == TRIAL_STEPS
+    assert chosen[12:].count(Mode.CHAIN) > 270
+
+
+def test_plain_steps_are_seen_now_and_then_while_speculation_is_on() -> None:
+    chosen = taken(Modes(), {Mode.FLOOR: GOOD}, num_steps=4 * LONGEST_INTERVAL)
+    assert 3 <= chosen.count(Mode.OFF) <= 8
 
 
 def test_speculation_is_off_where_nothing_gains_but_for_ever_rarer_trials_of_everything() -> None:
@@ -33,7 +37,7 @@ def test_speculation_is_off_where_nothing_gains_but_for_ever_rarer_trials_of_eve
     taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: BAD}, num_steps=3_000)
     chosen = taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: BAD}, num_steps=10 * LONGEST_INTERVAL)
     num_trials = len(chosen) - chosen.count(Mode.OFF)
-    assert 8 * TRIAL_STEPS < num_trials <= 10 * TRIAL_STEPS
+    assert 8 * TRIAL_STEPS < num_trials <= 11 * TRIAL_STEPS
     assert {Mode.FLOOR, Mode.CHAIN} < set(chosen)
 
 
@@ -66,12 +70,12 @@ def test_small_and_large_batches_are_told_apart() -> None:
     assert modes.choose(16, has_floor=True, has_chain=False) is Mode.OFF
 
 
-def test_a_batch_of_a_size_not_seen_yet_begins_with_what_the_nearest_one_knows() -> None:
+def test_a_batch_of_a_size_not_seen_yet_begins_with_what_the_next_one_knows() -> None:
     modes = Modes()
     taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=40, num_requests=4)
-    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=400, num_requests=32)
     assert modes.choose(2, has_floor=True, has_chain=True) is Mode.FLOOR
-    assert modes.choose(16, has_floor=True, has_chain=True) is Mode.CHAIN
+    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=40, num_requests=64)
+    assert modes.choose(32, has_floor=True, has_chain=True) is Mode.CHAIN, "not by what small batches know"
 
 
 def test_a_replaced_draft_is_tried_at_once() -> None:
