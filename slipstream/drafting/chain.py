@@ -100,7 +100,7 @@ class ChainDrafter:
         if not level:
             if len(plan.ids_T):
                 self._decoder.forward(plan)
-            return _no_chains(len(contexts))
+            return no_chains(len(contexts))
         chains = self._draft_level(
             [contexts[index] for index in level], [limits[index] for index in level], plan, min_path
         )
@@ -109,7 +109,7 @@ class ChainDrafter:
             self._num_cached[contexts[index].slot] += length - 1
         if len(level) == len(contexts):
             return chains
-        whole = _no_chains(len(contexts), width=chains.token_ids_BD.shape[1])
+        whole = no_chains(len(contexts), width=chains.token_ids_BD.shape[1])
         whole.token_ids_BD[level], whole.scores_BD[level], whole.lengths_B[level] = chains
         return whole
 
@@ -165,7 +165,7 @@ class ChainDrafter:
         self, contexts: Sequence[DraftContext], limits_B: Int32, plan: StepPlan, min_path: float
     ) -> Chains:
         """What `NativeDecoder.draft_chains` does, with a read of the device for every token."""
-        chains = _no_chains(len(contexts), width=int(limits_B.max()))
+        chains = no_chains(len(contexts), width=int(limits_B.max()))
         paths_B = np.ones(len(contexts))
         growing = list(range(len(contexts)))
         while growing:
@@ -206,7 +206,8 @@ class ChainDrafter:
         )
 
 
-def _no_chains(number: int, *, width: int = 1) -> Chains:
+def no_chains(number: int, *, width: int = 1) -> Chains:
+    """So many chains of length 0, with room for `width` tokens each."""
     return Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
 
 

@@ -19,9 +19,10 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from slipstream.drafting.chain import ChainDrafter
+from slipstream.drafting.chain import ChainDrafter, no_chains
 from slipstream.drafting.drafter import DraftContext, Lesson, StepLoad
 from slipstream.drafting.modes import Mode, Modes
+from slipstream.drafting.reality import Reality
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.step_cost import StepCost, distinct_experts
@@ -52,9 +53,6 @@ _STEPS_BETWEEN_JUDGEMENTS = 4
 
 _STEPS_BETWEEN_COSTS = 4
 """One in so many steps corrects the prediction of what steps cost."""
-
-_PLAIN_BESIDE_S = 2e-4
-"""What a step without drafts takes beside its pass, until one was seen."""
 
 _STEPS_BETWEEN_LESSONS = 64
 """One in so many steps is learned from while speculation is off."""
@@ -116,9 +114,8 @@ class MergedDrafter:
         self._num_known = [0] * num_slots
         self._mode = Mode.OFF
         self._load = StepLoad(0, 0, 0.0)
-        # What steps take beside their pass, by mode and number of requests to a factor of two.
-        self._beside_s: dict[tuple[Mode, int], float] = {}
         self._token_s: dict[int, float] = {}
+        self._reality = Reality()
         self._was_level = True
         self._num_steps = 0
         self._num_judged = 0
@@ -175,6 +172,7 @@ class MergedDrafter:
         `can_draft` False: no request may have a draft in it.
         """
         self._load = load
+        self._reality.begin()
         self._mode = self._chosen_mode(load) if can_draft else Mode.OFF
         self._was_level = True
         return self._mode is not Mode.OFF
@@ -188,21 +186,26 @@ class MergedDrafter:
         merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
         trees = _trees(merged, versions)
         if self._was_level:
-            self.modes.note(mode, merged.gain, num_requests=load.num_choosing)
+            self.modes.note(mode, merged.gain * self._reality.ratio(mode), num_requests=load.num_choosing)
+            seconds = float(price.step_s[len(merged.token_ids_X)]) + price.draft_s
+            self._reality.expect(load.num_choosing, num_tokens=merged.expected_tokens, seconds=seconds)
         return trees
 
-    def finished(self, beside_s: float) -> None:
-        """The step took so many seconds beside its pass: all that drafting costs, wherever it is spent."""
-        if self._was_level and self._load.num_rows == self._load.num_choosing:
-            key = self._mode, self._load.num_choosing.bit_length()
-            self._beside_s[key] = _towards(beside_s, self._beside_s.get(key))
+    def finished(self, *, step_s: float, pass_s: float, num_tokens: int) -> None:
+        """The step took so many seconds, its pass among them, and gave so many tokens.
+
+        What it took beside its pass is all that drafting costs, wherever it is spent.
+        """
+        num_choosing = self._load.num_choosing
+        if self._was_level and self._load.num_rows == num_choosing:
+            self._reality.came(
+                self._mode, num_choosing, num_tokens=num_tokens, seconds=step_s, beside_s=step_s - pass_s
+            )
 
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
         self._num_steps += 1
-        return (
-            self._mode is not Mode.OFF or self.modes.is_trying or self._num_steps % _STEPS_BETWEEN_LESSONS == 0
-        )
+        return self._mode is not Mode.OFF or self.modes.is_trying or self._num_steps % _STEPS_BETWEEN_LESSONS == 0
 
     def learn(self, lesson: Lesson) -> None:
         """Take over what the target said, judge what was proposed, and correct what steps cost."""
@@ -242,12 +245,6 @@ class MergedDrafter:
         has_floor = self.options.sources != ("chain",)
         return self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
 
-    def _draft_s(self, load: StepLoad) -> float:
-        """What drafting in this mode adds to a step beside its pass."""
-        size = load.num_choosing.bit_length()
-        drafting_s = self._beside_s.get((self._mode, size), 0.0)
-        return max(drafting_s - self._beside_s.get((Mode.OFF, size), _PLAIN_BESIDE_S), 0.0)
-
     def _chain_of(self, domain: str) -> ChainDrafter | None:
         return self._chains.get(domain) or self._chains.get(DEFAULT_DOMAIN)
 
@@ -262,7 +259,8 @@ class MergedDrafter:
         )
         # Nodes that survive less often than this never pay, whatever their number.
         min_survival = min(least_share * load.num_choosing, 0.9)
-        return Price(step_s, self._draft_s(load), load.num_choosing, min_survival=min_survival)
+        draft_s = self._reality.drafting_s(self._mode, load.num_choosing)
+        return Price(step_s, draft_s, load.num_choosing, min_survival=min_survival)
 
     def _draft_chains(
         self, contexts: Sequence[DraftContext], price: Price, *, is_wanted: bool
@@ -272,8 +270,8 @@ class MergedDrafter:
         number = len(contexts)
         versions = [NO_VERSION] * number
         if not is_wanted:
-            return _no_chains(number), versions
-        chains = Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
+            return no_chains(number), versions
+        chains = no_chains(number, width=width)
         rows_of: dict[str, list[int]] = {}
         for row, context in enumerate(contexts):
             if self._chain_of(context.domain):
@@ -387,11 +385,6 @@ def _trees(merged: Merged, versions: Sequence[int]) -> list[DraftTree]:
         else NO_DRAFT
         for (start, end), version in zip(pairwise([0, *ends]), versions, strict=True)
     ]
-
-
-@lru_cache(maxsize=64)
-def _no_chains(number: int) -> Chains:
-    return Chains(np.zeros((number, 1), np.int32), np.zeros((number, 1)), np.zeros(number, np.int32))
 
 
 @lru_cache(maxsize=4096)

@@ -225,7 +225,7 @@ class Engine:
         self._drop_cancelled()
         working = self._scheduler.schedule(has_drafter=self._drafter is not None)
         self._forget_freed_slots()
-        pass_s = 0.0
+        pass_s, passes = 0.0, list[Pass]()
         if working:
             trees = self._draft(working)
             plan = pack(working, trees, self._scheduler.block_tables_BC)
@@ -242,7 +242,8 @@ class Engine:
                 self._hand_out(one)
         step_s = time.perf_counter() - started
         if working and self._merged is not None:
-            self._merged.finished(step_s - pass_s)
+            num_tokens = sum(len(one.kept_ids) for one in passes)
+            self._merged.finished(step_s=step_s, pass_s=pass_s, num_tokens=num_tokens)
         self._measure(step_s, has_worked=bool(working))
         return bool(working)
 

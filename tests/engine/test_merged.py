@@ -249,6 +249,6 @@ def test_metrics_say_what_was_decided_and_how_well_it_was_known(
     served = Served(limits=SIZES, drafting=DraftingOptions(), draft=sibling, max_tokens=96)
     run = serve(target, prompts, served)
     steps = sum(run.metric("drafting_steps_total", mode=mode) for mode in ("off", "floor", "chain"))
-    assert steps >= 64
+    assert steps > 30
     assert 0 < run.metric("survival_calibration_error") < 0.3
     assert run.metric("step_time_error_ratio") > 0
