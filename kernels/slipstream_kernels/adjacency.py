@@ -11,14 +11,13 @@ log-probabilities.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream_kernels.isa import function, instruction_set, is_available
+from slipstream_kernels.isa import instruction_set, is_available, typed
 from slipstream_kernels.sampling import top_logprobs
 
 WIDTH = 8
@@ -27,10 +26,15 @@ WIDTH = 8
 _LARGEST_NARROW_VOCABULARY = 2**16
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int32
-_ARGUMENTS = {
-    "recycling_remember_logits": (_ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, ctypes.c_int64, _INT),
-    "recycling_remember": (_ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT),
-}
+_compiled = typed(
+    {
+        "recycling_remember_logits": (
+            _INT,
+            (_ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, ctypes.c_int64, _INT),
+        ),
+        "recycling_remember": (_INT, (_ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT)),
+    }
+)
 
 
 class Adjacency(NamedTuple):
@@ -128,12 +132,6 @@ def remember_reference(
                 is_filled_N = np.isfinite(logprobs_N[:rank])
                 if np.isfinite(logprobs_N[rank]) and candidate not in ids_N[:rank][is_filled_N]:
                     matrix.ids_VN[place, rank], matrix.logprobs_VN[place, rank] = candidate, logprobs_N[rank]
-
-
-def _compiled(name: str, isa: str) -> Callable[..., int]:
-    found = function(name, isa)
-    found.restype, found.argtypes = _INT, _ARGUMENTS[name]
-    return found  # type: ignore[no-any-return]
 
 
 def _rows(

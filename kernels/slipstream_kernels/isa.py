@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from slipstream_kernels.build import KernelsUnavailable, instruction_sets, library
@@ -54,3 +55,19 @@ def set_num_threads(number: int) -> None:
 def function(name: str, isa: str | None = None) -> Any:
     """The compiled function of this name for `isa` (default: the set that runs), a ctypes foreign function."""
     return library()[f"slipstream_{name}_{isa or instruction_set()}"]
+
+
+Signatures = Mapping[str, tuple[Any, tuple[Any, ...]]]
+"""By name: the ctypes type of the result, and those of the arguments."""
+
+
+def typed(signatures: Signatures) -> Callable[[str, str], Callable[..., Any]]:
+    """How to find compiled functions of these signatures by name and instruction set; each is looked up once."""
+
+    @functools.cache
+    def compiled(name: str, isa: str) -> Callable[..., Any]:
+        found = function(name, isa)
+        found.restype, found.argtypes = signatures[name]
+        return found  # type: ignore[no-any-return]
+
+    return compiled

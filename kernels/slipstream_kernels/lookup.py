@@ -7,15 +7,14 @@ here are for tests and measurements. They need the compiled kernels.
 from __future__ import annotations
 
 import ctypes
-import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream_kernels.isa import function, instruction_set
+from slipstream_kernels.isa import Signatures, instruction_set, typed
 
 MAX_CLASSES = 4
 """Matching endings that an automaton follows: the longest, and the next shorter ones that stood elsewhere too."""
@@ -30,7 +29,7 @@ MAX_MATCH_TOKENS = 64
 """Where a pool stops comparing a match: one this long says all that a longer one does."""
 
 _ADDRESS, _INT, _LONG, _SCOPE = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+_SIGNATURES: Signatures = {
     "automaton_new": (_ADDRESS, ()),
     "automaton_free": (None, (_ADDRESS,)),
     "automaton_extend": (None, (_ADDRESS, _ADDRESS, _INT)),
@@ -47,6 +46,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "output_pool_num_outputs": (_INT, (_ADDRESS,)),
     "output_pool_num_bytes": (_LONG, (_ADDRESS,)),
 }
+_compiled = typed(_SIGNATURES)
 
 
 class _Found(ctypes.Structure):
@@ -167,13 +167,6 @@ class OutputPool:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return _compiled(name, self._isa)(self._handle, *arguments)
-
-
-@functools.cache
-def _compiled(name: str, isa: str) -> Callable[..., Any]:
-    found = function(name, isa)
-    found.restype, found.argtypes = _SIGNATURES[name]
-    return found  # type: ignore[no-any-return]
 
 
 def _tokens(token_ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream_kernels.adjacency import WIDTH, Adjacency, no_token, vocab_size_of
-from slipstream_kernels.isa import function, instruction_set, is_available
+from slipstream_kernels.isa import instruction_set, is_available, typed
 from slipstream_kernels.noise import WEIGHT_BITS, fixed_log, fixed_weights, philox
 from slipstream_kernels.sampling import SampleRows
 
@@ -59,9 +59,8 @@ _MASK = 0xFFFFFFFF
 _TOKENS_PER_COUNTER = 4
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int32
-_ARGUMENTS = {
-    "recycling_grow": (*[_ADDRESS] * 2, *[_INT] * 3, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 4),
-}
+_GROW_ARGUMENTS = (*[_ADDRESS] * 2, *[_INT] * 3, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 2, _INT, *[_ADDRESS] * 4)
+_compiled = typed({"recycling_grow": (_INT, _GROW_ARGUMENTS)})
 
 
 class GrowthRule(NamedTuple):
@@ -146,13 +145,6 @@ def grow(
         _check_request(int(limits_B4[bad_request, 0]), int(limits_B4[bad_request, 1]), matrices)
     end = int(ends_B[-1]) if len(ends_B) else 0
     return Grown(tokens_X[:end], parents_X[:end], scores_X[:end], ends_B)
-
-
-@functools.cache
-def _compiled(name: str, isa: str) -> Callable[..., int]:
-    found = function(name, isa)
-    found.restype, found.argtypes = _INT, _ARGUMENTS[name]
-    return found  # type: ignore[no-any-return]
 
 
 def _addresses(arrays: Sequence[NDArray[Any]]) -> ctypes.Array[ctypes.c_void_p]:

@@ -16,10 +16,9 @@ any finite logit is a row of equals. So the choice is a token of the vocabulary 
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream_kernels.isa import function, instruction_set, is_available
+from slipstream_kernels.isa import instruction_set, is_available, typed
 from slipstream_kernels.noise import WEIGHT_BITS, fixed_log, fixed_weights, gumbel_noise
 
 ROW = np.dtype(
@@ -50,11 +49,13 @@ SampleRows = NDArray[np.void]
 _ROW = struct.Struct("<qdddiiii")
 
 _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
-_ARGUMENTS = {
-    "choose": (_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS, _ADDRESS),
-    "top_logprobs": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _ADDRESS),
-    "gumbel_noise": (_ADDRESS, _COUNT, _ADDRESS),
-}
+_compiled = typed(
+    {
+        "choose": (None, (_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS, _ADDRESS)),
+        "top_logprobs": (None, (_ADDRESS, _COUNT, _COUNT, *[_ADDRESS] * 2, _COUNT, _COUNT, *[_ADDRESS] * 3)),
+        "gumbel_noise": (None, (_ADDRESS, _COUNT, _ADDRESS)),
+    }
+)
 
 
 def row_bytes(
@@ -106,13 +107,6 @@ def _is_for_kernels(logits_XV: Tensor) -> bool:
         and logits_XV.stride(1) == 1
         and is_available()
     )
-
-
-@functools.cache
-def _compiled(name: str, isa: str) -> Callable[..., None]:
-    found = function(name, isa)
-    found.restype, found.argtypes = None, _ARGUMENTS[name]
-    return found  # type: ignore[no-any-return]
 
 
 def noise(row: SampleRows, vocab_size: int) -> NDArray[np.float64]:

@@ -59,8 +59,6 @@ class Replica:
         target = load_checkpoint(directory)
         digest = target_digest(directory)
         prompt_text = PromptText(directory)
-        # Merging drafters needs the compiled kernels; without them the draft alone proposes chains.
-        drafting = DraftingOptions() if slipstream_kernels.is_available() else None
         drafting = _drafting(settings)
         engine = Engine(
             target,

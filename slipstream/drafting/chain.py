@@ -17,6 +17,7 @@ from slipstream.engine.native_decoder import NativeDecoder
 from slipstream.engine.plan import NO_NODE, Int32, StepPlan
 from slipstream.engine.sampling import draft_rows, draft_tokens
 from slipstream.models.checkpoint import Checkpoint
+from slipstream_kernels.chain import draft_chains
 from slipstream_kernels.merging import Chains
 
 
@@ -151,7 +152,8 @@ class ChainDrafter:
         slots = [one.slot for one in contexts]
         limits_B = np.array(limits, np.int32)
         if isinstance(self._decoder, NativeDecoder):
-            return self._decoder.draft_chains(
+            return draft_chains(
+                self._decoder.kernel,
                 first,
                 slots_B=np.array(slots, np.int32),
                 max_tokens_B=limits_B,
@@ -164,7 +166,7 @@ class ChainDrafter:
     def _draft_by_steps(
         self, contexts: Sequence[DraftContext], limits_B: Int32, plan: StepPlan, min_path: float
     ) -> Chains:
-        """What `NativeDecoder.draft_chains` does, with a read of the device for every token."""
+        """What `draft_chains` does, with a read of the device for every token."""
         chains = no_chains(len(contexts), width=int(limits_B.max()))
         paths_B = np.ones(len(contexts))
         growing = list(range(len(contexts)))
@@ -211,9 +213,7 @@ def no_chains(number: int, *, width: int = 1) -> Chains:
     return Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
 
 
-def _shares(
-    logits_BV: Tensor, token_ids_B: Tensor, temperatures: Sequence[float]
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _shares(logits_BV: Tensor, token_ids_B: Tensor, temperatures: Sequence[float]) -> NDArray[np.float64]:
     """What the softmax at each row's temperature (at 0: at 1) gives its token."""
     divisors_B1 = torch.tensor([one or 1.0 for one in temperatures], device=logits_BV.device).unsqueeze(1)
     logprobs_BV = (logits_BV.float() / divisors_B1).log_softmax(-1)

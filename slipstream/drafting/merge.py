@@ -13,7 +13,6 @@ import hashlib
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -27,11 +26,11 @@ from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.step_cost import StepCost, distinct_experts
 from slipstream.drafting.survival import SurvivalModel
-from slipstream.drafting.tree import NO_DRAFT, DraftTree
+from slipstream.drafting.tree import DraftTree, trees_of
 from slipstream.engine.sampling import draft_rows
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 from slipstream_kernels.adjacency import Adjacency
-from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Int32, Merged, Merger, Price
+from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Int32, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
 
 Source = Literal["chain", "recycling", "lookup", "pool"]
@@ -184,7 +183,7 @@ class MergedDrafter:
         chains, versions = self._draft_chains(contexts, price, is_wanted=mode is Mode.CHAIN)
         matrices, limits_B4 = self._limits(contexts)
         merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
-        trees = _trees(merged, versions)
+        trees = trees_of(merged.token_ids_X, merged.parents_X, merged.ends_B, drafter="merged", versions=versions)
         if self._was_level:
             self.modes.note(mode, merged.gain * self._reality.ratio(mode), num_requests=load.num_choosing)
             seconds = float(price.step_s[len(merged.token_ids_X)]) + price.draft_s
@@ -245,9 +244,6 @@ class MergedDrafter:
         has_floor = self.options.sources != ("chain",)
         return self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
 
-    def _chain_of(self, domain: str) -> ChainDrafter | None:
-        return self._chains.get(domain) or self._chains.get(DEFAULT_DOMAIN)
-
     def _price(self, contexts: Sequence[DraftContext], load: StepLoad) -> Price:
         if self.step_cost is None or self.options.fixed_nodes:
             max_nodes = sum(self._max_nodes(one) for one in contexts)
@@ -274,8 +270,8 @@ class MergedDrafter:
         chains = no_chains(number, width=width)
         rows_of: dict[str, list[int]] = {}
         for row, context in enumerate(contexts):
-            if self._chain_of(context.domain):
-                domain = context.domain if context.domain in self._chains else DEFAULT_DOMAIN
+            domain = context.domain if context.domain in self._chains else DEFAULT_DOMAIN
+            if domain in self._chains:
                 rows_of.setdefault(domain, []).append(row)
         for domain, rows in rows_of.items():
             drafter = self._chains[domain]
@@ -373,18 +369,6 @@ def _survival_model() -> SurvivalModel:
         matching={name: trials for name, trials in _WINDOW_TRIALS.items() if name in _MATCHING},
         scoring={name: trials for name, trials in _WINDOW_TRIALS.items() if name not in _MATCHING},
     )
-
-
-def _trees(merged: Merged, versions: Sequence[int]) -> list[DraftTree]:
-    tokens, parents, ends = merged.token_ids_X.tolist(), merged.parents_X.tolist(), merged.ends_B.tolist()
-    return [
-        DraftTree(
-            token_ids=tuple(tokens[start:end]), parents=tuple(parents[start:end]), drafter="merged", version=version
-        )
-        if start < end
-        else NO_DRAFT
-        for (start, end), version in zip(pairwise([0, *ends]), versions, strict=True)
-    ]
 
 
 @lru_cache(maxsize=4096)

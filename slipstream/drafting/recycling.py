@@ -15,7 +15,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +24,11 @@ from torch import Tensor
 
 from slipstream.drafting.drafter import DraftContext
 from slipstream.drafting.recycling_artifact import StoredMatrix, save_matrix
-from slipstream.drafting.tree import NO_DRAFT, DraftTree
+from slipstream.drafting.tree import DraftTree, trees_of
+from slipstream.engine.sampling import draft_rows
 from slipstream.versions import NO_VERSION
 from slipstream_kernels.adjacency import Adjacency, empty_adjacency, remember, remember_logits, vocab_size_of
 from slipstream_kernels.recycling import DEFAULT_RULE, NO_PARENT, Grown, GrowthRule, Template, grow
-from slipstream_kernels.sampling import row_bytes, sample_rows
 
 TreeShape = Literal["best_first", "template"]
 
@@ -86,18 +85,8 @@ class RecyclingDrafter:
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
         """One tree per context, in order; NO_DRAFT as long as nothing was observed."""
         grown = self.grow(contexts)
-        tokens, parents, ends = grown.token_ids_X.tolist(), grown.parents_X.tolist(), grown.ends_B.tolist()
-        return [
-            DraftTree(
-                token_ids=tuple(tokens[start:end]),
-                parents=tuple(parents[start:end]),
-                drafter="recycling",
-                version=self.version,
-            )
-            if start < end
-            else NO_DRAFT
-            for start, end in pairwise([0, *ends])
-        ]
+        versions = [self.version] * len(contexts)
+        return trees_of(grown.token_ids_X, grown.parents_X, grown.ends_B, drafter="recycling", versions=versions)
 
     def grow(self, contexts: Sequence[DraftContext]) -> Grown:
         """The trees of `propose` with their scores, one call for all contexts."""
@@ -106,13 +95,9 @@ class RecyclingDrafter:
             (place, one.token_ids[-1], one.max_nodes, one.max_depth)
             for place, one in zip(places, contexts, strict=True)
         ]
-        draws = [
-            row_bytes(seed=one.seed, temperature=one.temperature, sample_index=one.sample_index)
-            for one in (context.sampling for context in contexts)
-        ]
         return grow(
             matrices,
-            sample_rows(draws, [len(one.token_ids) for one in contexts]),
+            draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts]),
             np.array(limits, np.int32).reshape(-1, 4),
             rule=self._rule,
             template=self._template,

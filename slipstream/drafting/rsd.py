@@ -32,10 +32,9 @@ from slipstream.drafting.rsd_draws import (
     independent_row,
     next_beams,
     next_siblings,
-    shared_row,
 )
 from slipstream.drafting.tree import NO_DRAFT, ROOT, DraftTree
-from slipstream.engine.sampling import row_of
+from slipstream.engine.sampling import row_of, shared_row
 from slipstream.models.checkpoint import Checkpoint, check_draft
 from slipstream.verification.chance import noise_of
 from slipstream_kernels.sampling import probabilities, row_bytes, sample_rows

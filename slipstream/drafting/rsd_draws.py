@@ -51,11 +51,6 @@ def independent_row(draw: Draw, *, redraw: int, parent: int = ROOT) -> bytes:
     return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index, redraw=key)
 
 
-def shared_row(draw: Draw) -> bytes:
-    """The sample row whose noise is the target's own, for drafts verified by equality."""
-    return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index)
-
-
 def gumbel_top_k(logprobs_XV: Tensor, noise_XV: Tensor, *, num_draws: int) -> Siblings:
     """Draw `num_draws` different tokens behind each node, W = min(num_draws, V)."""
     scores_XW, token_ids_XW = (logprobs_XV + noise_XV).topk(min(num_draws, logprobs_XV.shape[-1]), dim=-1)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 ROOT = -1
@@ -37,6 +40,29 @@ def chain_tree(token_ids: Sequence[int], *, drafter: str, version: int) -> Draft
     return DraftTree(
         token_ids=tuple(token_ids), parents=tuple(range(ROOT, len(token_ids) - 1)), drafter=drafter, version=version
     )
+
+
+def trees_of(
+    token_ids_X: NDArray[np.int32],
+    parents_X: NDArray[np.int32],
+    ends_B: NDArray[np.int32],
+    *,
+    drafter: str,
+    versions: Sequence[int],
+) -> list[DraftTree]:
+    """The trees that lie one behind the other, that of request b before node `ends_B[b]`; NO_DRAFT for one of no nodes.
+
+    Parents are counted within each tree; `versions` has one for each.
+    """
+    tokens, parents, ends = token_ids_X.tolist(), parents_X.tolist(), ends_B.tolist()
+    return [
+        DraftTree(
+            token_ids=tuple(tokens[start:end]), parents=tuple(parents[start:end]), drafter=drafter, version=version
+        )
+        if start < end
+        else NO_DRAFT
+        for (start, end), version in zip(pairwise([0, *ends]), versions, strict=True)
+    ]
 
 
 def drafting_nodes(tree: DraftTree) -> list[int]:

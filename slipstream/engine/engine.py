@@ -129,14 +129,12 @@ class Engine:
     @property
     def draft_version(self) -> int:
         """The version drafting now for the default domain; 0 without a draft."""
-        drafter = self._drafter  # read once: the engine's thread may switch it meanwhile
-        return drafter.version if drafter else NO_VERSION
+        return self.draft_versions.get(DEFAULT_DOMAIN, NO_VERSION)
 
     @property
     def draft_digest(self) -> str:
         """Digest of the draft tensors in memory; empty without a draft."""
-        drafter = self._drafter
-        return drafter.digest if drafter else ""
+        return self.draft_digest_of(DEFAULT_DOMAIN)
 
     @property
     def draft_versions(self) -> dict[str, int]:

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from slipstream.engine.plan import Int32, Move, StepOutput, StepPlan
+from slipstream.engine.plan import Move, StepOutput, StepPlan
 from slipstream.models.config import ModelConfig
 from slipstream.models.decoder import DecoderWeights, LayerWeights
-from slipstream_kernels.chain import draft_chains
 from slipstream_kernels.decoder import Decoder, Part, Sizes
-from slipstream_kernels.merging import Chains
-from slipstream_kernels.sampling import SampleRows
 
 
 class NativeDecoder:
@@ -27,41 +24,20 @@ class NativeDecoder:
     def __init__(self, weights: DecoderWeights, *, num_blocks: int, num_node_slots: int, max_rows: int) -> None:
         """Raises ValueError for sizes the kernels do not compute, MemoryError if the cache does not fit."""
         self.config = weights.config
-        self._decoder = Decoder(_sizes(weights.config, num_blocks, num_node_slots, max_rows))
+        self.kernel = Decoder(_sizes(weights.config, num_blocks, num_node_slots, max_rows))
         self._set_model(weights)
         for index, layer in enumerate(weights.layers):
             self._set_layer(index, layer)
 
     def forward(self, plan: StepPlan) -> StepOutput:
         """See `PagedDecoder.forward`; what it returns is overwritten by the next pass."""
-        logits_XV, expert_ids_TLK = self._decoder.forward(plan)
+        logits_XV, expert_ids_TLK = self.kernel.forward(plan)
         return StepOutput(logits_XV, expert_ids_TLK if self.config.num_experts else None)
-
-    def draft_chains(
-        self,
-        first: StepPlan,
-        *,
-        slots_B: Int32,
-        max_tokens_B: Int32,
-        bases_B: Int32,
-        draws_B: SampleRows,
-        min_path: float,
-    ) -> Chains:
-        """See `slipstream_kernels.chain.draft_chains`."""
-        return draft_chains(
-            self._decoder,
-            first,
-            slots_B=slots_B,
-            max_tokens_B=max_tokens_B,
-            bases_B=bases_B,
-            draws_B=draws_B,
-            min_path=min_path,
-        )
 
     def keep(self, moves: Sequence[Move]) -> None:
         """Copy accepted nodes into their blocks."""
         if moves:
-            self._decoder.keep(np.array([(move.node_slot, move.block, move.offset) for move in moves], dtype=np.int32))
+            self.kernel.keep(np.array([(move.node_slot, move.block, move.offset) for move in moves], dtype=np.int32))
 
     def _set_model(self, weights: DecoderWeights) -> None:
         cosines, sines = weights.rotary
@@ -72,7 +48,7 @@ class NativeDecoder:
             (Part.COSINES, cosines),
             (Part.SINES, sines),
         ):
-            self._decoder.set(part, tensor)
+            self.kernel.set(part, tensor)
 
     def _set_layer(self, index: int, layer: LayerWeights) -> None:
         parts: tuple[tuple[Part, Tensor | None], ...] = (
@@ -86,10 +62,10 @@ class NativeDecoder:
         )
         for part, tensor in parts:
             if tensor is not None:
-                self._decoder.set(part, tensor, layer=index)
+                self.kernel.set(part, tensor, layer=index)
         for expert, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
-            self._decoder.set(Part.GATE_UP, gate_up, layer=index, expert=expert)
-            self._decoder.set(Part.DOWN, down, layer=index, expert=expert)
+            self.kernel.set(Part.GATE_UP, gate_up, layer=index, expert=expert)
+            self.kernel.set(Part.DOWN, down, layer=index, expert=expert)
 
 
 def _sizes(config: ModelConfig, num_blocks: int, num_node_slots: int, max_rows: int) -> Sizes:

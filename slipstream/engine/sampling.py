@@ -103,8 +103,12 @@ def draft_tokens(logits_TV: Tensor, draws: Sequence[Draw], positions: Sequence[i
 
 def draft_rows(draws: Sequence[Draw], positions: Sequence[int]) -> SampleRows:
     """The sample rows by which drafts are drawn at these absolute positions."""
-    rows = [row_bytes(seed=one.seed, temperature=one.temperature, sample_index=one.sample_index) for one in draws]
-    return sample_rows(rows, positions)
+    return sample_rows([shared_row(one) for one in draws], positions)
+
+
+def shared_row(draw: Draw) -> bytes:
+    """The sample row whose noise is the target's own, without filters: for drafts verified by equality."""
+    return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index)
 
 
 def adjusted(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> Tensor:

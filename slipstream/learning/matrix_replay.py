@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 from slipstream import acceptance
 from slipstream.drafting.recycling_artifact import StoredMatrix
+from slipstream.engine.sampling import draft_rows
 from slipstream.learning.shadow import ReplayScore
 from slipstream.records import Observation, Round, unpack_floats, unpack_ids
 from slipstream.versions import NO_VERSION
 from slipstream_kernels.adjacency import Adjacency, empty_adjacency, remember
 from slipstream_kernels.recycling import NO_PARENT, Grown, grow
-from slipstream_kernels.sampling import row_bytes, sample_rows
 
 
 def rows_of(observation: Observation) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     """What the target said at the T output positions: the tokens int32 [T] before them, and the N most likely behind.
 
-    Ids are int32 [T, N], log-probabilities float32 [T, N]: the arguments of `recycling.remember`, in order.
+    Ids are int32 [T, N], log-probabilities float32 [T, N]: the arguments of `adjacency.remember`, in order.
     """
     prompt, output = unpack_ids(observation.prompt_ids), unpack_ids(observation.output_ids)
     shape = (len(output), observation.top_n)
@@ -75,10 +75,9 @@ def _round(matrix: Adjacency, observation: Observation, *, begin: int, num_draft
     if max_depth < 1 or (observation.chunk == 0 and begin == 0):
         return Round(start=begin, draft_version=NO_VERSION, proposed=(), num_accepted=0)
     last = int(output[begin - 1] if begin else prompt[-1])
-    sampling = observation.sampling
-    draw = row_bytes(seed=sampling.seed, temperature=sampling.temperature, sample_index=sampling.sample_index)
+    draws_B = draft_rows([observation.sampling], [observation.first_position + begin])
     limits_B4 = np.array([[0, last, num_draft_tokens, max_depth]], np.int32)
-    grown = grow([matrix], sample_rows([draw], [observation.first_position + begin]), limits_B4)
+    grown = grow([matrix], draws_B, limits_B4)
     return Round(
         start=begin,
         draft_version=NO_VERSION,

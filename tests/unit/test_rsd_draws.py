@@ -19,10 +19,10 @@ from slipstream.drafting.rsd_draws import (
     gumbel_top_k,
     independent_row,
     next_beams,
-    shared_row,
 )
 from slipstream.drafting.tree import ROOT
 from slipstream.engine.request import SamplingParams
+from slipstream.engine.sampling import shared_row
 from slipstream.verification.chance import noise_of
 from slipstream_kernels.sampling import sample_rows
 from tests.unit.enumeration import Tokens, draw_two_beams, law_of, random_model

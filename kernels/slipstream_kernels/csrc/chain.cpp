@@ -9,7 +9,7 @@
 namespace SLIPSTREAM_ISA {
 namespace {
 
-// `chain.ChainPlan`, field by field; B requests, in the order of the first pass's rows of logits.
+// `chain._ChainPlan`, field by field; B requests, in the order of the first pass's rows of logits.
 struct ChainPlan {
     int32_t num_requests, width;  // of `tokens` and `scores`
     const int32_t *slots, *max_tokens;
