@@ -22,6 +22,7 @@ from slipstream_kernels.lookup import OutputPool, SuffixAutomaton
 
 REPEATS = 500
 CONTEXT_TOKENS = 300
+TOKEN_RATE = 10_000.0
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 CONTEXTS = (16, 256, 1024)
 TEXT_TOKENS = 1024
@@ -42,7 +43,7 @@ def lines(num_requests: int, nodes_each: int) -> Iterator[tuple[str, Callable[[]
         return cost.over_nodes(num_rows=num_requests, max_nodes=num_nodes, context_tokens=CONTEXT_TOKENS)[0]
 
     def choose(step_s: NDArray[np.float64]) -> object:
-        return choose_nodes(nodes, step_s, num_requests=num_requests, draft_s=0.0, rule="equality")
+        return choose_nodes(nodes, step_s, num_requests=num_requests, token_rate=TOKEN_RATE, rule="equality")
 
     priced = price()
     outcome = Trials(parents_X == ROOT, scores_X > 0.5)

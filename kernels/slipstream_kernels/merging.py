@@ -8,11 +8,13 @@
 
 Candidates behind a node come from a drafted chain and from look-ups as far as the path reads as they do, and from the
 Token Recycling row of the node's token. Trees grow best first: the candidate with the largest survival of its path is
-the next node. The budget then takes the nodes of all requests by falling survival, as many as give the most expected
-tokens a second (`slipstream.drafting.budget` proves that no other set is better).
+the next node. The budget then takes the nodes of all requests by falling survival, as many as are worth their time
+(`slipstream.drafting.budget` proves that no other set is better).
 
-After the pass, `Merger.judge` counts every candidate along the path that the tokens took, verified or not: the target's
-token is known there. What the target said replaces nothing here: only what is proposed depends on it.
+When a request's text has gone on, its last tree is judged: every candidate along the path that the tokens took counts,
+verified or not, since the target's token is known there. How often a request went on as proposed, beside how often it
+should have, corrects the merged survivals of its next trees by the ratio of the odds: some texts are predictable and
+some are not, whatever one drafter says.
 """
 
 from __future__ import annotations
@@ -81,30 +83,30 @@ class Asked(NamedTuple):
 
 
 class Price(NamedTuple):
-    """What nodes cost: `step_s[n]` seconds of the step with n of them, float64, and `draft_s` for drafting.
+    """What nodes cost: `step_s[n]` seconds of the step with n of them, float64, at `token_rate` tokens a second.
 
-    `num_choosing` requests get a token in any case. Growth stops at paths that survive less often than `min_survival`.
-    Without a choice (`is_budgeted` False) all nodes are taken.
+    At rate 0 time is worth nothing, and all nodes that can survive are taken. `num_choosing` requests get a token in
+    any case. Growth stops at paths that survive less often than `min_survival`.
     """
 
     step_s: Float64
-    draft_s: float
+    token_rate: float
     num_choosing: int
     min_survival: float = 0.0
-    is_budgeted: bool = True
 
 
 class Merged(NamedTuple):
     """The chosen trees, one behind the other: that of request b ends before `ends_B[b]`; parents within the tree or -1.
 
-    `expected_tokens` of the step; `gain` is its tokens a second, drafting included, over those of a step without nodes.
+    `expected_tokens` of the step; `num_judged` candidates of earlier trees were counted as trials, which who owns the
+    cells is to take in.
     """
 
     token_ids_X: Int32
     parents_X: Int32
     ends_B: Int32
     expected_tokens: float
-    gain: float
+    num_judged: int
 
 
 _ADDRESS, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int32, ctypes.c_double
@@ -117,7 +119,6 @@ _NUMBERS = (
     "vocab_size",
     "chain_width",
     "max_step_nodes",
-    "is_budgeted",
     "drafters",
 )
 _ADDRESSES = (
@@ -145,7 +146,7 @@ _ADDRESSES = (
 class _Plan(ctypes.Structure):
     _fields_ = [
         *((name, _INT) for name in _NUMBERS),
-        ("draft_s", _DOUBLE),
+        ("token_rate", _DOUBLE),
         ("min_survival", _DOUBLE),
         *((name, _ADDRESS) for name in _ADDRESSES),
     ]
@@ -181,7 +182,6 @@ class Merger:
         self._handle = self._function("merger_new", _ADDRESS)(_INT(num_slots), ctypes.c_int64(pool_tokens))
         weakref.finalize(self, self._function("merger_free"), _ADDRESS(self._handle))
         self._grow = self._function("merger_grow", _INT)
-        self._judge = self._function("merger_judge", ctypes.c_int64)
         self._release = self._function("merger_release")
         self._keep = self._function("merger_keep")
         self._vocab_size = vocab_size
@@ -217,8 +217,8 @@ class Merger:
         plan.num_matrices = len(matrices)
         plan.id_bytes = matrices[0].ids_VN.itemsize if matrices else 0
         plan.chain_width = chains.token_ids_BD.shape[1]
-        plan.max_step_nodes, plan.is_budgeted = len(price.step_s) - 1, price.is_budgeted
-        plan.draft_s, plan.min_survival = price.draft_s, price.min_survival
+        plan.max_step_nodes = len(price.step_s) - 1
+        plan.token_rate, plan.min_survival = price.token_rate, price.min_survival
         plan.slots, plan.draws = asked.slots_B.ctypes.data, asked.draws_B.ctypes.data
         plan.limits, plan.scopes = asked.limits_B4.ctypes.data, asked.scopes_B.ctypes.data
         plan.new_tokens, plan.new_ends = asked.new_ids.ctypes.data, asked.new_ends_B.ctypes.data
@@ -236,22 +236,9 @@ class Merger:
             )
         num_requests = len(asked.slots_B)
         end = int(self._ends[num_requests - 1]) if num_requests else 0
-        _, expected_tokens, gain = self._figures.tolist()
-        return Merged(self._tokens[:end], self._parents[:end], self._ends[:num_requests], expected_tokens, gain)
-
-    def judge(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> int:
-        """The requests in these slots went on with these tokens; returns how many candidates that judged.
-
-        The counts of cells are to be taken in by who owns them.
-        """
-        slots_B = np.array(slots, np.int32)
-        ids = np.array([token for one in token_ids for token in one], np.int32)
-        ends_B = np.cumsum([len(one) for one in token_ids], dtype=np.int32)
-        return self._judge(  # type: ignore[no-any-return]
-            _ADDRESS(self._handle),
-            ctypes.byref(self._cells),
-            _INT(len(slots_B)),
-            *(_ADDRESS(array.ctypes.data) for array in (slots_B, ids, ends_B)),
+        _, expected_tokens, num_judged = self._figures.tolist()
+        return Merged(
+            self._tokens[:end], self._parents[:end], self._ends[:num_requests], expected_tokens, int(num_judged)
         )
 
     def release(self, slot: int) -> None:

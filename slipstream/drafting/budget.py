@@ -1,11 +1,14 @@
 """The budget of a step: which drafted nodes of all running requests are worth verifying together.
 
-Chosen is the set of nodes with the most expected tokens per predicted second,
+Chosen is the set of nodes that is worth most,
 
-    (requests + sum of survivals of the chosen nodes) / seconds of a step with so many nodes,
+    requests + sum of survivals of the chosen nodes - token rate x seconds of a step with so many nodes,
 
-no nodes at all being one of the choices. A node's survival is the probability that it is accepted, ancestors included
-(`survival.along_paths`), so it never rises along a path.
+no nodes at all being one of the choices. The token rate is what time is worth: the tokens a second that steps give in
+the long run. So a step with likely candidates takes more of them than would make this one step's own rate largest, and
+one with unlikely candidates fewer, and all steps together give the most tokens a second (Dinkelbach, 1967: a ratio of
+sums is largest where the sum of these differences is, at that ratio itself). A node's survival is the probability that
+it is accepted, ancestors included (`survival.along_paths`), so it never rises along a path.
 
 The choice is exact. Take the nodes by falling survival, at equal survival parents first. (1) Every prefix of that
 order is closed: an ancestor of a node survives at least as well, so it comes earlier. (2) Among all sets of n nodes,
@@ -52,8 +55,7 @@ class DrawnNodes(msgspec.Struct, frozen=True):
 class Choice(msgspec.Struct, frozen=True):
     """Which of the X nodes are verified; `expected_tokens` and `predicted_s` are those of the step with them.
 
-    `is_speculation_worth_it` is whether it yields more tokens a second, drafting included, than a step without drafts;
-    False means the next steps had better not draft (`modes`).
+    `is_speculation_worth_it` is whether it is worth more, drafting included, than a step without drafts.
     """
 
     is_chosen_X: NDArray[np.bool_]
@@ -65,20 +67,38 @@ class Choice(msgspec.Struct, frozen=True):
 
 @overload
 def choose_nodes(
-    nodes: DrawnNodes, step_s: Float64, *, num_requests: int, draft_s: float, rule: Literal["equality"]
+    nodes: DrawnNodes,
+    step_s: Float64,
+    *,
+    num_requests: int,
+    token_rate: float,
+    draft_s: float = ...,
+    rule: Literal["equality"],
 ) -> Choice: ...
 
 
 @overload
 def choose_nodes(
-    nodes: ForecastNodes, step_s: Float64, *, num_requests: int, draft_s: float, rule: RuleName
+    nodes: ForecastNodes,
+    step_s: Float64,
+    *,
+    num_requests: int,
+    token_rate: float,
+    draft_s: float = ...,
+    rule: RuleName,
 ) -> Choice: ...
 
 
 def choose_nodes(
-    nodes: DrawnNodes | ForecastNodes, step_s: Float64, *, num_requests: int, draft_s: float, rule: RuleName
+    nodes: DrawnNodes | ForecastNodes,
+    step_s: Float64,
+    *,
+    num_requests: int,
+    token_rate: float,
+    draft_s: float = 0.0,
+    rule: RuleName,
 ) -> Choice:
-    """The closed set of nodes with the most expected tokens a second; of equal ones the smallest.
+    """The closed set of nodes that is worth most at `token_rate` tokens a second; of equal ones the smallest.
 
     `step_s[n]` is the predicted time of the step with n nodes, already at the step's padded shape, so its last entry is
     the largest set possible. `draft_s` is the time that drafting takes: with DrawnNodes it is spent whatever is chosen,
@@ -86,25 +106,27 @@ def choose_nodes(
 
     Under a rule that rejects, which node is verified must not depend on what was drawn there, or the output is biased:
     such a rule gets ForecastNodes, and what it gets back is a shape to draw. Raises ValueError for another pairing, for
-    survivals that rise along a path or are no probabilities, and for times that are not positive and finite.
+    survivals that rise along a path or are no probabilities, for times that are not positive and finite, and for a rate
+    that is not finite or below 0.
     """
     is_drawn = isinstance(nodes, DrawnNodes)
     if is_drawn and rule != "equality":
         raise ValueError(f"rule is {rule!r}, and the nodes are drawn; choose among ForecastNodes before drawing")
     _check(nodes, step_s, num_requests)
+    if not 0 <= token_rate < np.inf:
+        raise ValueError(f"token_rate is {token_rate}, expected at least 0 and finite")
     # A stable sort leaves equals in their order, parents first.
     order = np.argsort(-nodes.survivals_X, kind="stable")[: len(step_s) - 1]
     tokens_N = np.full(len(order) + 1, float(num_requests))
     tokens_N[1:] += np.cumsum(nodes.survivals_X[order])
-    seconds_N = step_s[: len(order) + 1] + draft_s
-    plain_rate = num_requests / step_s[0]
+    worths_N = tokens_N - token_rate * (step_s[: len(order) + 1] + draft_s)
+    plain_worth = num_requests - token_rate * step_s[0]
     if not is_drawn:
-        seconds_N[0] = step_s[0]
-    rates_N = tokens_N / seconds_N
-    best = int(rates_N.argmax())
+        worths_N[0] = plain_worth
+    best = int(worths_N.argmax())
     is_chosen_X = np.zeros(len(nodes.survivals_X), dtype=np.bool_)
     is_chosen_X[order[:best]] = True
-    is_worth_it = best > 0 and bool(rates_N[best] > plain_rate)
+    is_worth_it = best > 0 and bool(worths_N[best] > plain_worth)
     return Choice(is_chosen_X, best, float(tokens_N[best]), float(step_s[best]), is_worth_it)
 
 

@@ -1,8 +1,8 @@
 """One tree a request from several drafters, and the nodes that pay: what a replica drafts with.
 
 Every step: choose the mode (`modes`), draft chains with the draft model of each request's domain if the mode says so,
-grow one tree a request from chains, Token Recycling and look-ups, and take the nodes that give the most expected tokens
-a second (`slipstream_kernels.merging`, one compiled call). After every pass: take over what the target said into the
+grow one tree a request from chains, Token Recycling and look-ups, and take the nodes that are worth their time
+(`slipstream_kernels.merging`, one compiled call). After every pass: take over what the target said into the
 Token Recycling matrix, count which candidates would have been accepted (`survival`), and what the step cost
 (`step_cost`). So what is drafted, by whom and how much of it follows the traffic; output does not depend on it.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from slipstream.drafting.chain import ChainDrafter, no_chains
 from slipstream.drafting.drafter import DraftContext, Lesson, StepLoad
 from slipstream.drafting.modes import Mode, Modes
-from slipstream.drafting.reality import Reality
+from slipstream.drafting.overhead import Overhead
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.step_cost import StepCost, distinct_experts
@@ -46,15 +46,17 @@ CATCH_UP_WINDOW = 64
 _JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""
 
-_MANY_TRIALS = 20_000
-_STEPS_BETWEEN_JUDGEMENTS = 4
-"""Once so many candidates were judged, one in so many steps is."""
-
 _STEPS_BETWEEN_COSTS = 4
 """One in so many steps corrects the prediction of what steps cost."""
 
 _STEPS_BETWEEN_LESSONS = 64
 """One in so many steps is learned from while speculation is off."""
+
+_LARGEST_BAR = 0.9
+"""Candidates that survive more often than this are always looked at."""
+
+_LARGEST_SURPRISE = 2.0
+"""A step counts as long as so many times what was expected of it, at most."""
 
 _DRAFT_TIME_SHARE = 0.1
 """What the newest drafting time counts for."""
@@ -114,11 +116,12 @@ class MergedDrafter:
         self._mode = Mode.OFF
         self._load = StepLoad(0, 0, 0.0)
         self._token_s: dict[int, float] = {}
-        self._reality = Reality()
+        self._overhead = Overhead()
+        self._expected_s = 0.0
         self._was_level = True
+        self._is_listening = True
         self._num_steps = 0
         self._num_judged = 0
-        self._num_known_trials = 0
 
     @property
     def version(self) -> int:
@@ -156,7 +159,6 @@ class MergedDrafter:
             self._chains[domain] = chain
         for model in (self.greedy, self.sampled):
             model.forget("chain")
-        self._num_known_trials = 0
         self.modes.forget(Mode.CHAIN)
 
     def install_matrix(self, matrix: StoredMatrix, *, version: int) -> None:
@@ -171,7 +173,7 @@ class MergedDrafter:
         `can_draft` False: no request may have a draft in it.
         """
         self._load = load
-        self._reality.begin()
+        self._expected_s = 0.0
         self._mode = self._chosen_mode(load) if can_draft else Mode.OFF
         self._was_level = True
         return self._mode is not Mode.OFF
@@ -183,11 +185,10 @@ class MergedDrafter:
         chains, versions = self._draft_chains(contexts, price, is_wanted=mode is Mode.CHAIN)
         matrices, limits_B4 = self._limits(contexts)
         merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
+        self._take_in(merged.num_judged)
         trees = trees_of(merged.token_ids_X, merged.parents_X, merged.ends_B, drafter="merged", versions=versions)
-        if self._was_level:
-            self.modes.note(mode, merged.gain * self._reality.ratio(mode), num_requests=load.num_choosing)
-            seconds = float(price.step_s[len(merged.token_ids_X)]) + price.draft_s
-            self._reality.expect(load.num_choosing, num_tokens=merged.expected_tokens, seconds=seconds)
+        beside_s = self._overhead.expected_s(mode, load.num_choosing)
+        self._expected_s = float(price.step_s[len(merged.token_ids_X)]) + beside_s
         return trees
 
     def finished(self, *, step_s: float, pass_s: float, num_tokens: int) -> None:
@@ -195,16 +196,24 @@ class MergedDrafter:
 
         What it took beside its pass is all that drafting costs, wherever it is spent.
         """
-        num_choosing = self._load.num_choosing
-        if self._was_level and self._load.num_rows == num_choosing:
-            self._reality.came(
-                self._mode, num_choosing, num_tokens=num_tokens, seconds=step_s, beside_s=step_s - pass_s
-            )
+        load, mode = self._load, self._mode
+        if self.step_cost is None or not self._was_level or load.num_rows != load.num_choosing:
+            return
+        self._overhead.observe(mode, load.num_choosing, step_s - pass_s)
+        if mode is Mode.OFF and not self._is_listening:
+            return
+        line_s, _ = self.step_cost.over_nodes(num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens)
+        plain_s = float(line_s[0]) + self._overhead.expected_s(Mode.OFF, load.num_choosing)
+        # A step that the machine interrupted says little.
+        seconds = min(step_s, _LARGEST_SURPRISE * (self._expected_s or plain_s))
+        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=seconds / plain_s)
 
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
         self._num_steps += 1
-        return self._mode is not Mode.OFF or self.modes.is_trying or self._num_steps % _STEPS_BETWEEN_LESSONS == 0
+        is_nth = self._num_steps % _STEPS_BETWEEN_LESSONS == 0
+        self._is_listening = self._mode is not Mode.OFF or self.modes.is_trying or is_nth
+        return self._is_listening
 
     def learn(self, lesson: Lesson) -> None:
         """Take over what the target said, judge what was proposed, and correct what steps cost."""
@@ -218,9 +227,6 @@ class MergedDrafter:
             )
         if "recycling" in self.options.sources:
             self._recycle(lesson)
-        is_judging = self._num_known_trials < _MANY_TRIALS or self._num_steps % _STEPS_BETWEEN_JUDGEMENTS == 0
-        if self._mode is not Mode.OFF and is_judging:
-            self._judge(lesson)
         for request in lesson.requests if "pool" in self.options.sources else ():
             if request.output_ids is not None:
                 self._merger.keep(_scope(request.tenant), request.output_ids)
@@ -245,18 +251,18 @@ class MergedDrafter:
         return self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
 
     def _price(self, contexts: Sequence[DraftContext], load: StepLoad) -> Price:
+        max_nodes = sum(self._max_nodes(one) for one in contexts)
         if self.step_cost is None or self.options.fixed_nodes:
-            max_nodes = sum(self._max_nodes(one) for one in contexts)
-            return Price(np.ones(max_nodes + 1), 0.0, load.num_choosing, is_budgeted=False)
+            return Price(np.ones(max_nodes + 1), 0.0, load.num_choosing)
         step_s, least_share = self.step_cost.over_nodes(
-            num_rows=load.num_rows,
-            max_nodes=sum(self._max_nodes(one) for one in contexts),
-            context_tokens=load.context_tokens,
+            num_rows=load.num_rows, max_nodes=max_nodes, context_tokens=load.context_tokens
         )
+        plain_s = float(step_s[0]) + self._overhead.expected_s(Mode.OFF, load.num_choosing)
+        gain = max(self.modes.gain(self._mode, num_requests=load.num_choosing), 1.0)
+        token_rate = gain * load.num_choosing / plain_s
         # Nodes that survive less often than this never pay, whatever their number.
-        min_survival = min(least_share * load.num_choosing, 0.9)
-        draft_s = self._reality.drafting_s(self._mode, load.num_choosing)
-        return Price(step_s, draft_s, load.num_choosing, min_survival=min_survival)
+        min_survival = min(token_rate * least_share * float(step_s[0]), _LARGEST_BAR)
+        return Price(step_s, token_rate, load.num_choosing, min_survival)
 
     def _draft_chains(
         self, contexts: Sequence[DraftContext], price: Price, *, is_wanted: bool
@@ -296,12 +302,9 @@ class MergedDrafter:
 
     def _min_path(self, price: Price, *, num_drafting: int) -> float:
         """How likely a chain must be accepted so far for its next token to be worth drafting and verifying."""
-        if not price.is_budgeted:
-            return 0.0
         # What a token takes is shared by all that draft one at the same time.
         token_s = self._token_s.get(num_drafting.bit_length(), 0.0) / num_drafting
-        gain = max(self.modes.gain(Mode.CHAIN, num_requests=price.num_choosing), 1.0)
-        return min(gain * (price.min_survival + token_s * price.num_choosing / float(price.step_s[0])), 0.9)
+        return min(price.min_survival + price.token_rate * token_s, _LARGEST_BAR)
 
     def _limits(self, contexts: Sequence[DraftContext]) -> tuple[list[Adjacency], Int32]:
         """The matrices, and a line per context: which of them, its last token, and how large its tree may be."""
@@ -344,12 +347,11 @@ class MergedDrafter:
             rows = np.flatnonzero(tenants_X == tenant)
             self._recycling.observe_logits(lesson.row_ids_X[rows], lesson.logits_XV[rows], tenant=tenant)
 
-    def _judge(self, lesson: Lesson) -> None:
-        requests = lesson.requests
-        self._num_judged += self._merger.judge([one.slot for one in requests], [one.kept_ids for one in requests])
+    def _take_in(self, num_judged: int) -> None:
+        """So many candidates were judged: make estimates anew once that is worth it."""
+        self._num_judged += num_judged
         if self._num_judged < _JUDGED_AT_ONCE:
             return
-        self._num_known_trials += self._num_judged
         self._num_judged = 0
         for model in (self.greedy, self.sampled):
             for name in DRAFTERS:

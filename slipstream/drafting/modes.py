@@ -1,11 +1,11 @@
 """Which drafters take part in a step: none, those that cost next to nothing, or the draft model as well.
 
-The gain of a mode is the tokens a second of a step in it, drafting included, over those of a step without drafts, as
-the budget expects them. Gains are remembered per mode and size of the batch, to a factor of two; a size without any
-goes by the next one. A step is taken in the mode with the largest gain; speculation is off where none is much above
-1. Now and then another mode is tried, because text, drafts and load change; the longer nothing better is found, the
-more seldom. While speculation is off, trials are all it costs; while it is on, a plain step now and then keeps what
-plain steps cost known.
+The gain of a mode is what its steps really gave: tokens over the number of plain steps that they took as long as. It is
+remembered per mode and size of the batch, to a factor of two; a size without any goes by the next one. A step is taken
+in the mode with the largest gain; speculation is off where none is much above that of plain steps. Every mode is
+compared only after steps enough to tell. Now and then another one is tried, because text, drafts and load change; the
+longer nothing better is found, the more seldom. While speculation is off, trials are all it costs; while it is on, a
+plain step now and then keeps what plain steps cost known.
 """
 
 from __future__ import annotations
@@ -19,22 +19,32 @@ SHORTEST_INTERVAL = 64
 LONGEST_INTERVAL = 512
 """The interval doubles with every trial that finds nothing, up to this."""
 
-TRIAL_STEPS = 3
-"""Gains that end a trial."""
+FIRST_STEPS = 24
+"""Steps of a mode before it is compared."""
 
-LONGEST_TRIAL_STEPS = 8
-"""What ends a trial without them: a draft model may have to catch up with texts first, and gains nothing yet."""
+TRIAL_STEPS = 8
+"""Steps of a trial that finds nothing."""
 
-_FIRST_GAINS = 6
-"""Gains of a mode before it is compared, and how many times as many steps it gets for them."""
+LONGEST_TRIAL_STEPS = 32
+"""Steps of a trial that does better than the best mode."""
+
+_CATCH_UP_STEPS = 8
+"""A draft model may have to catch up with texts first: so many steps of a trial may tell nothing."""
 
 _FIRST_PATIENCE = 4
+"""A mode that told nothing in so many times FIRST_STEPS is compared all the same."""
 
 _LEAST_GAIN = 1.02
 """What drafting must gain: less than that does not pay for being wrong."""
 
-_NEWEST_SHARE = 0.15
-"""What the newest gain counts for."""
+_KEPT = 0.99
+"""What older steps still count for with every new one: the last hundred count."""
+
+_STALE_STEPS = 16.0
+"""Before a trial, all that is known of its mode counts as much as so many steps."""
+
+_PLAIN_STEPS_AT_FIRST = 20.0
+"""So many plain steps took as long as plain steps, before one was seen."""
 
 
 class Mode(enum.IntEnum):
@@ -45,20 +55,47 @@ class Mode(enum.IntEnum):
     CHAIN = 2
 
 
+class _Evidence:
+    """What the steps of a mode gave, a request: tokens, and as how many plain steps they took."""
+
+    def __init__(self, steps_at_first: float = 0.0) -> None:
+        self.tokens = self.plain_steps = self._weight = steps_at_first
+        self.num_steps = 0
+
+    @property
+    def gain(self) -> float:
+        return self.tokens / self.plain_steps if self.plain_steps else 1.0
+
+    def note(self, tokens: float, plain_steps: float) -> None:
+        self._scale(_KEPT)
+        self.tokens += tokens
+        self.plain_steps += plain_steps
+        self._weight += 1.0
+        self.num_steps += 1
+
+    def let_fade(self) -> None:
+        if self._weight > _STALE_STEPS:
+            self._scale(_STALE_STEPS / self._weight)
+
+    def _scale(self, share: float) -> None:
+        self.tokens *= share
+        self.plain_steps *= share
+        self._weight *= share
+
+
 class Modes:
     """Chooses a mode for every step; `counts` says how many steps each one got."""
 
     def __init__(self) -> None:
         self.counts: Counter[Mode] = Counter()
-        self._gains: dict[tuple[int, Mode], float] = {}
-        self._num_noted: Counter[tuple[int, Mode]] = Counter()
+        self._evidence: dict[tuple[int, Mode], _Evidence] = {}
         self._num_taken: Counter[tuple[int, Mode]] = Counter()
         # By size of the batch: steps between trials, and steps since the last one.
         self._intervals: dict[int, int] = {}
         self._num_steps: Counter[int] = Counter()
         self._num_trials = 0
         self._trial: Mode | None = None
-        self._trial_gains = 0
+        self._trial_evidence = _Evidence()
         self._trial_steps = 0
         # While speculation is off, asking costs nothing: nothing changes before the next trial or another load.
         self._off_for: tuple[int, bool, bool] | None = None
@@ -78,16 +115,20 @@ class Modes:
         self._off_for = key if mode is Mode.OFF and self._trial is None else None
         return mode
 
-    def note(self, mode: Mode, gain: float, *, num_requests: int) -> None:
-        """What a step in a mode other than OFF is expected to gain; not to be told if its drafter drafted nothing."""
+    def note(self, mode: Mode, *, num_requests: int, num_tokens: int, plain_steps: float) -> None:
+        """What a step gave all requests together, and as how many plain steps of theirs it took.
+
+        Not to be told of steps that did more than go on with requests, such as read prompts.
+        """
         key = num_requests.bit_length(), mode
-        self._trial_gains += mode is self._trial
-        self._num_noted[key] += 1
-        share = max(_NEWEST_SHARE, 1 / self._num_noted[key])
-        self._gains[key] = (1 - share) * self._gains.get(key, 1.0) + share * gain
+        if key not in self._evidence:
+            self._evidence[key] = _Evidence(_PLAIN_STEPS_AT_FIRST if mode is Mode.OFF else 0.0)
+        self._evidence[key].note(num_tokens / num_requests, plain_steps)
+        if mode is self._trial:
+            self._trial_evidence.note(num_tokens / num_requests, plain_steps)
 
     def gain(self, mode: Mode, *, num_requests: int) -> float:
-        """The gain of a mode, 1 for OFF, and where nothing is known."""
+        """The gain of a mode; 1 where nothing is known."""
         return self._gain_at(num_requests.bit_length(), mode)
 
     @property
@@ -97,8 +138,9 @@ class Modes:
 
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
-        for key in [key for key in self._gains if key[1] is mode]:
-            del self._gains[key], self._num_noted[key], self._num_taken[key]
+        for key in [key for key in self._num_taken if key[1] is mode]:
+            del self._num_taken[key]
+            self._evidence.pop(key, None)
         self._intervals.clear()
         self._off_for = None
 
@@ -108,37 +150,54 @@ class Modes:
         for mode in drafting:
             if not self._is_known(size, mode):
                 return mode
-        gains = {Mode.OFF: _LEAST_GAIN} | {mode: self._gain_at(size, mode) for mode in drafting}
+        gains = {mode: self._gain_at(size, mode) for mode in (Mode.OFF, *drafting)}
+        gains[Mode.OFF] *= _LEAST_GAIN
         best = max(gains, key=gains.__getitem__)
         if self._trial is not None:
-            return self._in_trial(size, self._trial, best, drafting)
+            return self._in_trial(size, self._trial, best, gains)
         self._num_steps[size] += 1
         if self._num_steps[size] >= self._interval(size):
             others = [mode for mode in (Mode.OFF, *drafting) if mode is not best]
-            self._num_trials += 1
-            self._trial, self._trial_gains, self._trial_steps = others[self._num_trials % len(others)], 0, 0
+            self._begin_trial(size, others[self._num_trials % len(others)])
         return best
 
     def _interval(self, size: int) -> int:
         return self._intervals.get(size, SHORTEST_INTERVAL)
 
     def _is_known(self, size: int, mode: Mode) -> bool:
-        """Whether a mode has had its first steps at this size, or at one next to it in full."""
-        if self._num_taken[size, mode] >= _FIRST_PATIENCE * _FIRST_GAINS:
+        """Whether a mode has had its first steps at this size, or at one next to it."""
+        if self._num_taken[size, mode] >= _FIRST_PATIENCE * FIRST_STEPS:
             return True
-        return any(self._num_noted[near, mode] >= _FIRST_GAINS for near in (size, size - 1, size + 1))
+        found = (self._evidence.get((near, mode)) for near in _near(size))
+        return any(one is not None and one.num_steps >= FIRST_STEPS for one in found)
 
     def _gain_at(self, size: int, mode: Mode) -> float:
         """What is known of a mode at this size, or at one next to it; 1 if nothing is."""
-        known = (self._gains.get((near, mode)) for near in (size, size - 1, size + 1))
-        return next((gain for gain in known if gain is not None), 1.0)
+        found = (self._evidence.get((near, mode)) for near in _near(size))
+        return next((one.gain for one in found if one is not None), 1.0)
 
-    def _in_trial(self, size: int, trial: Mode, best: Mode, drafting: list[Mode]) -> Mode:
+    def _begin_trial(self, size: int, mode: Mode) -> None:
+        self._num_trials += 1
+        self._trial, self._trial_evidence, self._trial_steps = mode, _Evidence(), 0
+        if (size, mode) in self._evidence:
+            self._evidence[size, mode].let_fade()
+
+    def _in_trial(self, size: int, trial: Mode, best: Mode, gains: dict[Mode, float]) -> Mode:
         self._trial_steps += 1
-        most_steps = 1 if trial is Mode.OFF else LONGEST_TRIAL_STEPS
-        can_go_on = trial is Mode.OFF or trial in drafting
-        if can_go_on and self._trial_gains < TRIAL_STEPS and self._trial_steps <= most_steps:
+        if trial in gains and self._goes_on(trial, best_gain=max(gains.values())):
             return trial
         self._intervals[size] = SHORTEST_INTERVAL if best is trial else min(2 * self._interval(size), LONGEST_INTERVAL)
         self._num_steps[size], self._trial = 0, None
         return best
+
+    def _goes_on(self, trial: Mode, *, best_gain: float) -> bool:
+        if trial is Mode.OFF:
+            return self._trial_steps <= 1
+        tried = self._trial_evidence
+        if tried.num_steps < TRIAL_STEPS:
+            return self._trial_steps <= TRIAL_STEPS + _CATCH_UP_STEPS
+        return tried.gain > best_gain and self._trial_steps <= LONGEST_TRIAL_STEPS
+
+
+def _near(size: int) -> tuple[int, int, int]:
+    return size, size - 1, size + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from slipstream.drafting.drafter import DraftContext
 from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, MergedDrafter, Source
 from slipstream.drafting.modes import Mode
 from slipstream.drafting.recycling_artifact import load_matrix
+from slipstream.drafting.tree import DraftTree
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import SamplingParams, TokenBlock
 from slipstream.errors import ArtifactRejected
@@ -163,13 +165,39 @@ class FixedCost:
         pass
 
 
+def let_steps_cost(drafter: MergedDrafter, per_node: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are said to take 1 s and `per_node` s for every node, and to have taken that."""
+    drafter.step_cost = FixedCost(per_node)  # type: ignore[assignment]
+    propose, finished, num_nodes = drafter.propose, drafter.finished, 0
+
+    def counting(contexts: Sequence[DraftContext]) -> list[DraftTree]:
+        nonlocal num_nodes
+        trees = propose(contexts)
+        num_nodes = sum(len(tree.token_ids) for tree in trees)
+        return trees
+
+    def told(*, step_s: float, pass_s: float, num_tokens: int) -> None:
+        nonlocal num_nodes
+        took_s = 1.0 + per_node * num_nodes
+        finished(step_s=took_s, pass_s=took_s, num_tokens=num_tokens)
+        num_nodes = 0
+
+    monkeypatch.setattr(drafter, "propose", counting)
+    monkeypatch.setattr(drafter, "finished", told)
+
+
 @pytest.mark.parametrize(("per_node", "is_off"), [(1.5, True), (0.01, False)])
 def test_speculation_is_off_where_nodes_cost_more_than_they_bring(
-    target: Checkpoint, sibling: Checkpoint, prompts: Prompts, per_node: float, is_off: bool
+    target: Checkpoint,
+    sibling: Checkpoint,
+    prompts: Prompts,
+    per_node: float,
+    is_off: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = _engine(target, DraftingOptions(), max_running_requests=1)
     drafter = merged_of(engine)
-    drafter.step_cost = FixedCost(per_node)  # type: ignore[assignment]
+    let_steps_cost(drafter, per_node, monkeypatch)
     engine.install_draft(sibling, version=1)
     for index, prompt in enumerate(prompts[:6]):
         engine.submit(request_for(index, prompt, Served(max_tokens=64)), lambda _: None)

@@ -18,6 +18,8 @@ from tests.unit.lookup_oracle import SuffixAutomaton
 
 VOCAB = 12
 NUM_REQUESTS = 3
+RATE = 4.0
+"""Tokens a second."""
 
 
 def model_of(rng: np.random.Generator) -> SurvivalModel:
@@ -87,6 +89,25 @@ class World:
             chains,
         )
 
+    def go_on(self, token_ids: list[int]) -> int:
+        """The first request goes on with these tokens and is asked for another tree; how many candidates that judged.
+
+        It gets none: its tree may have no node.
+        """
+        asked = self.asked()
+        line = np.array([[-1, token_ids[-1], 0, 0]], np.int32)
+        chains = Chains(*(array[:1] for array in asked.chains))
+        alone = Asked(
+            asked.slots_B[:1],
+            np.array(token_ids, np.int32),
+            np.array([len(token_ids)], np.int32),
+            asked.draws_B[:1],
+            line,
+            asked.scopes_B[:1],
+            chains,
+        )
+        return self.merger.grow(alone, [], Price(np.ones(1), 0.0, 1)).num_judged
+
     def requests(self) -> list[Request]:
         """The same for the oracle."""
         return [
@@ -120,7 +141,7 @@ def trees(merged: Merged) -> list[list[tuple[int, ...]]]:
 @pytest.mark.parametrize("seed", range(8))
 def test_trees_grow_as_the_definition_says(isa: str, seed: int, temperature: float) -> None:
     world = World(seed, temperature=temperature)
-    everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS, is_budgeted=False)
+    everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
     merged = world.merger.grow(world.asked(), [world.matrix], everything)
     expected = [sorted(node.path for node in grown(world.model, request)) for request in world.requests()]
     assert trees(merged) == expected
@@ -130,7 +151,7 @@ def test_trees_grow_as_the_definition_says(isa: str, seed: int, temperature: flo
 def test_the_budget_takes_the_set_that_its_definition_takes(isa: str, seed: int) -> None:
     world = World(seed, temperature=0.0)
     step_s = 1.0 + np.cumsum(world.rng.exponential(0.15, 3 * world.max_nodes + 1))
-    merged = world.merger.grow(world.asked(), [world.matrix], Price(step_s, 0.1, NUM_REQUESTS))
+    merged = world.merger.grow(world.asked(), [world.matrix], Price(step_s, RATE, NUM_REQUESTS))
     nodes = [grown(world.model, request) for request in world.requests()]
     starts = np.cumsum([0, *(len(some) for some in nodes)])
     choice = choose_nodes(
@@ -147,7 +168,7 @@ def test_the_budget_takes_the_set_that_its_definition_takes(isa: str, seed: int)
         ),
         step_s,
         num_requests=NUM_REQUESTS,
-        draft_s=0.1,
+        token_rate=RATE,
         rule="equality",
     )
     chosen = [
@@ -156,13 +177,11 @@ def test_the_budget_takes_the_set_that_its_definition_takes(isa: str, seed: int)
     ]
     assert trees(merged) == chosen
     assert merged.expected_tokens == pytest.approx(choice.expected_tokens)
-    rate = choice.expected_tokens / (step_s[choice.num_chosen] + 0.1)
-    assert merged.gain == pytest.approx(rate / (NUM_REQUESTS / step_s[0]))
 
 
 def test_growth_stops_at_paths_that_survive_too_seldom(isa: str) -> None:
     world = World(3, temperature=0.0)
-    price = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS, min_survival=0.85, is_budgeted=False)
+    price = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS, min_survival=0.85)
     merged = world.merger.grow(world.asked(), [world.matrix], price)
     expected = [grown(world.model, request, min_survival=0.85) for request in world.requests()]
     assert trees(merged) == [sorted(node.path for node in some) for some in expected]
@@ -172,14 +191,14 @@ def test_growth_stops_at_paths_that_survive_too_seldom(isa: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_candidate_along_the_path_taken_is_a_trial_verified_or_not(isa: str, temperature: float) -> None:
     world = World(5, temperature=temperature)
-    nothing = Price(np.linspace(1.0, 99.0, 3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
+    nothing = Price(np.linspace(1.0, 99.0, 3 * world.max_nodes + 1), RATE, NUM_REQUESTS)
     merged = world.merger.grow(world.asked(), [world.matrix], nothing)
     assert len(merged.token_ids_X) == 0
     request = world.requests()[0]
     first = grown(world.model, request)[0].path[0]
     unknown = next(token for token in range(VOCAB) if token not in {one.token for one in proposals(request, (first,))})
     tried = [*proposals(request, ()), *proposals(request, (first,))]
-    num_judged = world.merger.judge([0], [[first, unknown, 3]])
+    num_judged = world.go_on([first, unknown, 3])
     for name in ("chain", "lookup", "recycling"):
         cells = world.model.cells(name)
         assert cells.new_tried.sum() == sum(one.drafter == name for one in tried)
@@ -189,11 +208,30 @@ def test_every_candidate_along_the_path_taken_is_a_trial_verified_or_not(isa: st
         assert cells.curve.sums[0].sum() == cells.new_tried.sum()
     num_merged = world.model.cells("merged").new_tried.sum()
     assert num_judged == len(tried) + num_merged
-    assert world.merger.judge([0], [[first]]) == 0, "a tree is judged once"
+    assert world.go_on([first]) == 0, "a tree is judged once"
+
+
+def test_what_a_request_keeps_proposing_in_vain_survives_less_often_in_its_next_trees(isa: str) -> None:
+    world = World(4, temperature=0.0)
+    unknown = next(
+        token for token in range(VOCAB) if token not in {one.token for one in proposals(world.requests()[0], ())}
+    )
+    everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
+
+    def expected_tokens() -> float:
+        return world.merger.grow(world.asked(num_known=len(world.texts[0])), [world.matrix], everything).expected_tokens
+
+    first = world.merger.grow(world.asked(), [world.matrix], everything).expected_tokens
+    for _ in range(30):
+        world.go_on([unknown])
+        surprised = expected_tokens()
+    assert surprised < first - 0.5
+    world.merger.release(0)
+    assert expected_tokens() > surprised + 0.5, "another request in its slot begins anew"
 
 
 def test_texts_go_on_between_calls_and_begin_anew_after_release(isa: str) -> None:
-    everything = Price(np.ones(31), 0.0, NUM_REQUESTS, is_budgeted=False)
+    everything = Price(np.ones(31), 0.0, NUM_REQUESTS)
     at_once, in_parts = World(6, temperature=0.0), World(6, temperature=0.0)
     whole = trees(at_once.merger.grow(at_once.asked(), [at_once.matrix], everything))
     texts = in_parts.texts
@@ -209,7 +247,7 @@ def test_texts_go_on_between_calls_and_begin_anew_after_release(isa: str) -> Non
 def test_a_kept_output_is_found_by_its_scope_alone(isa: str) -> None:
     world = World(9, temperature=0.0)
     world.chains = [[], [], []]
-    everything = Price(np.ones(31), 0.0, NUM_REQUESTS, is_budgeted=False)
+    everything = Price(np.ones(31), 0.0, NUM_REQUESTS)
     world.texts = [[9, 8, 7, 6], [9, 8, 7, 6], [9, 8, 7, 6]]
     world.merger.keep(5, [9, 8, 7, 6, 11, 10, 11])
     asked = world.asked()._replace(scopes_B=np.array([5, 6, 5], np.uint64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import get_args
 
 import numpy as np
@@ -22,18 +23,28 @@ def drawn(survivals: list[float], parents: list[int]) -> DrawnNodes:
     return DrawnNodes(np.array(survivals, dtype=np.float64), np.array(parents, dtype=np.int32))
 
 
-def chosen(nodes: DrawnNodes, step_s: list[float], *, num_requests: int = 1, draft_s: float = 0.0) -> Choice:
-    return choose_nodes(nodes, np.array(step_s), num_requests=num_requests, draft_s=draft_s, rule="equality")
+def chosen(
+    nodes: DrawnNodes, step_s: list[float], *, num_requests: int = 1, token_rate: float = 1.0, draft_s: float = 0.0
+) -> Choice:
+    return choose_nodes(
+        nodes, np.array(step_s), num_requests=num_requests, token_rate=token_rate, draft_s=draft_s, rule="equality"
+    )
 
 
 def test_worked_example_takes_the_nodes_that_pay() -> None:
-    # Tokens a second with 0, 1, 2, 3 nodes: 1/10, 1.8/12 = 0.150, 2.3/14 = 0.164, 2.4/20 = 0.120.
+    # Worth of 0, 1, 2, 3 nodes at 0.2 tokens a second: 1 - 2, 1.8 - 2.4, 2.3 - 2.8, 2.4 - 4.
     nodes = drawn([0.8, 0.1, 0.5], [-1, 0, 0])
-    choice = chosen(nodes, [10.0, 12.0, 14.0, 20.0])
+    choice = chosen(nodes, [10.0, 12.0, 14.0, 20.0], token_rate=0.2)
     assert choice.is_chosen_X.tolist() == [True, False, True]
     assert (choice.num_chosen, choice.predicted_s) == (2, 14.0)
     assert choice.expected_tokens == pytest.approx(2.3)
     assert choice.is_speculation_worth_it
+
+
+def test_the_more_time_is_worth_the_fewer_nodes_are_taken() -> None:
+    nodes = drawn([0.8, 0.5, 0.3], [-1, 0, 0])
+    step_s = [1.0, 1.2, 1.4, 1.6]
+    assert [chosen(nodes, step_s, token_rate=rate).num_chosen for rate in (0.0, 1.0, 2.0, 3.0, 5.0)] == [3, 3, 2, 1, 0]
 
 
 def test_nodes_of_a_padded_shape_are_filled_up() -> None:
@@ -66,7 +77,7 @@ def test_nothing_drafted_is_a_plain_step() -> None:
 
 
 def test_drafting_that_is_paid_for_is_used_but_not_worth_it() -> None:
-    # Spent drafting makes the node worth verifying (1.9 / 2.1 against 1 / 2), yet plain steps yield 1 / 1.
+    # Once it is drafted, the node is worth verifying (0.9 for 0.1 s); with the second that drafting took it is not.
     choice = chosen(drawn([0.9], [-1]), [1.0, 1.1], draft_s=1.0)
     assert choice.num_chosen == 1
     assert not choice.is_speculation_worth_it
@@ -74,17 +85,21 @@ def test_drafting_that_is_paid_for_is_used_but_not_worth_it() -> None:
 
 def test_drafting_that_is_still_to_be_paid_for_counts_against_the_nodes() -> None:
     nodes = ForecastNodes(ForecastSurvivals(np.array([0.9])), np.array([-1], dtype=np.int32))
-    choice = choose_nodes(nodes, np.array([1.0, 1.1]), num_requests=1, draft_s=1.0, rule="recursive_rejection")
-    assert choice.num_chosen == 0
+    step_s = np.array([1.0, 1.1])
+    for draft_s, num_chosen in ((1.0, 0), (0.5, 1)):
+        choice = choose_nodes(
+            nodes, step_s, num_requests=1, token_rate=1.0, draft_s=draft_s, rule="recursive_rejection"
+        )
+        assert choice.num_chosen == num_chosen
 
 
 def test_a_rule_that_rejects_cannot_look_at_what_was_drawn() -> None:
     # The ignores are needed: a type checker refuses these calls too.
     nodes, step_s = drawn([0.5], [-1]), np.ones(2)
     with pytest.raises(ValueError, match="ForecastNodes"):
-        choose_nodes(nodes, step_s, num_requests=1, draft_s=0.0, rule="block")  # type: ignore[call-overload]
+        choose_nodes(nodes, step_s, num_requests=1, token_rate=1.0, rule="block")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="ForecastNodes"):
-        choose_nodes(nodes, step_s, num_requests=1, draft_s=0.0, rule="recursive_rejection")  # type: ignore[call-overload]
+        choose_nodes(nodes, step_s, num_requests=1, token_rate=1.0, rule="recursive_rejection")  # type: ignore[call-overload]
     ForecastNodes(nodes.survivals_X, nodes.parents_X)  # type: ignore[arg-type]
 
 
@@ -130,20 +145,44 @@ def forests(draw: st.DrawFn) -> DrawnNodes:
 TIMES = st.lists(st.sampled_from([1.0, 1.1, 1.5, 2.0, 4.0]) | st.floats(0.5, 5), min_size=1, max_size=12)
 
 
-@given(forests(), TIMES, st.integers(1, 4), st.floats(0, 2))
-def test_no_closed_set_yields_more_tokens_a_second(
-    nodes: DrawnNodes, step_s: list[float], num_requests: int, draft_s: float
-) -> None:
-    choice = chosen(nodes, step_s, num_requests=num_requests, draft_s=draft_s)
-    survivals, parents = nodes.survivals_X, nodes.parents_X.tolist()
-    assert is_closed(choice.is_chosen_X.tolist(), parents)
-    assert choice.num_chosen == choice.is_chosen_X.sum() < len(step_s)
-    best = 0.0
+@pytest.mark.parametrize("token_rate", [-1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused(token_rate: float) -> None:
+    with pytest.raises(ValueError, match="token_rate is"):
+        chosen(drawn([0.5], [-1]), [1.0, 1.1], token_rate=token_rate)
+
+
+def closed_sets(nodes: DrawnNodes, num_times: int) -> Iterator[tuple[int, float]]:
+    """Number of nodes and sum of survivals of every closed set that there are times for."""
+    parents = nodes.parents_X.tolist()
     for some in itertools.product([False, True], repeat=len(parents)):
-        if sum(some) < len(step_s) and is_closed(list(some), parents):
-            tokens = num_requests + survivals[np.array(some, dtype=bool)].sum()
-            best = max(best, tokens / (step_s[sum(some)] + draft_s))
-    assert choice.expected_tokens / (choice.predicted_s + draft_s) == pytest.approx(best, rel=1e-12)
+        if sum(some) < num_times and is_closed(list(some), parents):
+            yield sum(some), float(nodes.survivals_X[np.array(some, dtype=bool)].sum())
+
+
+@given(forests(), TIMES, st.integers(1, 4), st.floats(0, 5))
+def test_no_closed_set_is_worth_more(
+    nodes: DrawnNodes, step_s: list[float], num_requests: int, token_rate: float
+) -> None:
+    choice = chosen(nodes, step_s, num_requests=num_requests, token_rate=token_rate)
+    assert is_closed(choice.is_chosen_X.tolist(), nodes.parents_X.tolist())
+    assert choice.num_chosen == choice.is_chosen_X.sum() < len(step_s)
+    best = max(num_requests + gained - token_rate * step_s[size] for size, gained in closed_sets(nodes, len(step_s)))
+    assert choice.expected_tokens - token_rate * choice.predicted_s == pytest.approx(best, rel=1e-12, abs=1e-12)
+
+
+@given(st.lists(forests(), min_size=1, max_size=3), TIMES)
+def test_at_the_rate_that_it_reaches_no_other_choices_give_more_tokens_a_second(
+    steps: list[DrawnNodes], step_s: list[float]
+) -> None:
+    rate = 0.0
+    for _ in range(20):  # Dinkelbach's iteration: it rises, and stops at the largest rate
+        choices = [chosen(nodes, step_s, token_rate=rate) for nodes in steps]
+        rate = sum(one.expected_tokens for one in choices) / sum(one.predicted_s for one in choices)
+    every = [[(1 + gained, step_s[size]) for size, gained in set(closed_sets(nodes, len(step_s)))] for nodes in steps]
+    # Of each size only the best set can be part of the best choices.
+    every = [list({s: (t, s) for t, s in sorted(some)}.values()) for some in every]
+    best = max(sum(t for t, _ in some) / sum(s for _, s in some) for some in itertools.product(*every))
+    assert rate == pytest.approx(best, rel=1e-9)
 
 
 @given(forests())
@@ -152,7 +191,7 @@ def test_of_each_size_the_best_closed_set_is_the_most_surviving_nodes(nodes: Dra
     for size in range(len(parents) + 1):
         # A step that is nearly free at this size alone makes the choice that size, so that its set shows.
         step_s = [1e9] * size + [1e-9]
-        got = chosen(nodes, step_s)
+        got = chosen(nodes, step_s, token_rate=1.0)
         subsets = itertools.combinations(range(len(parents)), size)
         closed = [some for some in subsets if is_closed([node in some for node in range(len(parents))], parents)]
         assert got.num_chosen == size
@@ -161,14 +200,15 @@ def test_of_each_size_the_best_closed_set_is_the_most_surviving_nodes(nodes: Dra
 
 @given(forests(), TIMES)
 def test_never_worse_than_not_speculating(nodes: DrawnNodes, step_s: list[float]) -> None:
-    choice = chosen(nodes, step_s)
-    assert choice.expected_tokens / choice.predicted_s >= 1 / step_s[0]
+    rate = 1 / step_s[0]
+    choice = chosen(nodes, step_s, token_rate=rate)
+    assert choice.expected_tokens / choice.predicted_s >= rate * (1 - 1e-12)
     assert choice.is_speculation_worth_it == (choice.num_chosen > 0)
 
 
 def test_inputs_are_not_changed() -> None:
     nodes, step_s = drawn([0.9, 0.5], [-1, 0]), np.array([1.0, 1.1, 1.2])
-    choose_nodes(nodes, step_s, num_requests=1, draft_s=0.5, rule="equality")
+    choose_nodes(nodes, step_s, num_requests=1, token_rate=0.5, rule="equality")
     assert nodes.survivals_X.tolist() == [0.9, 0.5]
     assert step_s.tolist() == [1.0, 1.1, 1.2]
 

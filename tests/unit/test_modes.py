@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from slipstream.drafting.modes import LONGEST_INTERVAL, TRIAL_STEPS, Mode, Modes
+import pytest
+
+from slipstream.drafting.modes import FIRST_STEPS, LONGEST_INTERVAL, LONGEST_TRIAL_STEPS, TRIAL_STEPS, Mode, Modes
 
 GOOD, BAD = 1.5, 0.7
+
+
+def note(modes: Modes, mode: Mode, gain: float, *, num_requests: int = 1) -> None:
+    """A step of two tokens a request that took as long as it must for this gain."""
+    modes.note(mode, num_requests=num_requests, num_tokens=2 * num_requests, plain_steps=2 / gain)
 
 
 def taken(modes: Modes, gains: Mapping[Mode, float], *, num_steps: int, num_requests: int = 1) -> list[Mode]:
@@ -16,15 +23,14 @@ def taken(modes: Modes, gains: Mapping[Mode, float], *, num_steps: int, num_requ
         has_chain = Mode.CHAIN in gains
         mode = modes.choose(num_requests, has_floor=Mode.FLOOR in gains, has_chain=has_chain)
         chosen.append(mode)
-        if mode is not Mode.OFF:
-            modes.note(mode, gains[mode], num_requests=num_requests)
+        note(modes, mode, gains.get(mode, 1.0), num_requests=num_requests)
     return chosen
 
 
 def test_every_mode_is_tried_before_the_best_one_is_kept() -> None:
     chosen = taken(Modes(), {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=300)
-    assert set(chosen[:12]) == {Mode.FLOOR, Mode.CHAIN}
-    assert chosen[12:].count(Mode.CHAIN) > 270
+    assert chosen[: 2 * FIRST_STEPS] == [Mode.FLOOR] * FIRST_STEPS + [Mode.CHAIN] * FIRST_STEPS
+    assert chosen[2 * FIRST_STEPS :].count(Mode.CHAIN) > 230
 
 
 def test_plain_steps_are_seen_now_and_then_while_speculation_is_on() -> None:
@@ -52,14 +58,36 @@ def test_a_draft_that_never_drafts_does_not_hold_up_the_others() -> None:
     for _ in range(2_000):
         mode = modes.choose(1, has_floor=True, has_chain=True)
         if mode is Mode.FLOOR:
-            modes.note(mode, GOOD, num_requests=1)
+            note(modes, mode, GOOD)
     assert modes.counts[Mode.FLOOR] > 1_800
 
 
 def test_a_mode_that_stops_to_gain_is_left() -> None:
     modes = Modes()
     taken(modes, {Mode.FLOOR: GOOD}, num_steps=50)
-    assert taken(modes, {Mode.FLOOR: BAD}, num_steps=50)[-1] is Mode.OFF
+    assert taken(modes, {Mode.FLOOR: BAD}, num_steps=100)[-1] is Mode.OFF
+
+
+def test_a_trial_that_does_better_goes_on_until_it_has_convinced() -> None:
+    modes = Modes()
+    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: 1.2}, num_steps=60)
+    chosen = taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.2}, num_steps=4 * LONGEST_INTERVAL)
+    first = chosen.index(Mode.FLOOR)
+    assert chosen[first : first + TRIAL_STEPS + 1] == [Mode.FLOOR] * (TRIAL_STEPS + 1)
+    assert chosen[first : first + LONGEST_TRIAL_STEPS].count(Mode.FLOOR) > TRIAL_STEPS
+    assert chosen[-1] is Mode.FLOOR
+
+
+def test_speculation_that_gains_next_to_nothing_is_off() -> None:
+    assert taken(Modes(), {Mode.FLOOR: 1.01}, num_steps=FIRST_STEPS + 1)[-1] is Mode.OFF
+
+
+def test_the_gain_of_a_mode_is_of_sums_not_of_steps() -> None:
+    modes = Modes()
+    for num_tokens, plain_steps in ((1, 1.0), (5, 2.0)) * 200:
+        modes.note(Mode.FLOOR, num_requests=1, num_tokens=num_tokens, plain_steps=plain_steps)
+    assert modes.gain(Mode.FLOOR, num_requests=1) == pytest.approx(2.0, rel=0.02)
+    assert modes.gain(Mode.CHAIN, num_requests=1) == 1.0
 
 
 def test_small_and_large_batches_are_told_apart() -> None:
@@ -72,15 +100,15 @@ def test_small_and_large_batches_are_told_apart() -> None:
 
 def test_a_batch_of_a_size_not_seen_yet_begins_with_what_the_next_one_knows() -> None:
     modes = Modes()
-    taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=40, num_requests=4)
+    taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=2 * FIRST_STEPS, num_requests=4)
     assert modes.choose(2, has_floor=True, has_chain=True) is Mode.FLOOR
-    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=40, num_requests=64)
+    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=2 * FIRST_STEPS, num_requests=64)
     assert modes.choose(32, has_floor=True, has_chain=True) is Mode.CHAIN, "not by what small batches know"
 
 
 def test_a_replaced_draft_is_tried_at_once() -> None:
     modes = Modes()
-    taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=40)
+    taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=2 * FIRST_STEPS)
     modes.forget(Mode.CHAIN)
     assert taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: GOOD}, num_steps=1) == [Mode.CHAIN]
 

@@ -66,11 +66,36 @@ struct Candidate {
     }
 };
 
+// How often one request went on with one of the candidates behind it, beside how often it should have.
+class Predictability {
+   public:
+    void note(double expected, bool has_come) {
+        tried_ = kKept * tried_ + 1.0;
+        expected_ = kKept * expected_ + std::min(expected, 1.0);
+        came_ = kKept * came_ + has_come;
+    }
+
+    // The survival that candidates of this request have, where those of all requests have `survival`.
+    double corrected(double survival) const {
+        const double odds = (came_ + kFaith) / (tried_ - came_ + kFaith);
+        const double expected_odds = (expected_ + kFaith) / (tried_ - expected_ + kFaith);
+        const double ratio = odds / expected_odds;
+        return survival * ratio / (1.0 - survival + survival * ratio);
+    }
+
+   private:
+    static constexpr double kKept = 0.95;  // what older tokens still count for with every new one
+    static constexpr double kFaith = 2.0;  // so many came, and so many did not, before any was seen
+
+    double tried_ = 0.0, expected_ = 0.0, came_ = 0.0;
+};
+
 // What is kept of the request in a slot: its text, and the tree that its next tokens will judge.
 struct Slot {
     SuffixAutomaton text;
     std::vector<Node> nodes;
     std::vector<Proposal> proposals;
+    Predictability predictability;
     bool is_sampled = false;
 
     void forget_tree() {
@@ -81,9 +106,9 @@ struct Slot {
 
 // `merging._Plan`, field by field.
 struct Plan {
-    int32_t num_requests, num_choosing, num_matrices, id_bytes, vocab_size, chain_width, max_step_nodes, is_budgeted;
+    int32_t num_requests, num_choosing, num_matrices, id_bytes, vocab_size, chain_width, max_step_nodes;
     int32_t drafters;  // bit d: whether drafter d takes part, where that is not seen from what it is given
-    double draft_s, min_survival;
+    double token_rate, min_survival;
     const int32_t* slots;
     const SampleRow* draws;
     const int32_t* limits;  // [B, 4]: matrix (-1: none), root, nodes, depth
@@ -97,7 +122,7 @@ struct Plan {
     const Cells* cells;  // [2, kNumDrafters]: at temperature 0, above it
     const double* step_s;
     int32_t *tokens, *parents, *ends;
-    double* figures;  // out: nodes chosen, expected tokens, tokens a second over those of a plain step
+    double* figures;  // out: nodes chosen, expected tokens, candidates judged
 };
 
 struct Merger {
@@ -250,7 +275,10 @@ class Growth {
         for (int32_t rank = 0; rank < num_meetings_; ++rank) {
             const Meeting& meeting = meetings_[rank];
             const int32_t level = score_level((1.0 - meeting.missing) * scale);
-            const double survival = above.survival * note(kMerged, meeting.token, rank, depth, level);
+            note(kMerged, meeting.token, rank, depth, level);
+            double& own = slot_.proposals.back().survival;
+            own = slot_.predictability.corrected(own);
+            const double survival = above.survival * own;
             heap_.push_back({{meeting.token, parent, depth, meeting.agreeing & above.agreeing, survival, 0, 0},
                              int32_t(slot_.proposals.size())});
             std::push_heap(heap_.begin(), heap_.end());
@@ -308,20 +336,19 @@ std::vector<Place> by_survival(const Plan& plan, const Merger& merger) {
 size_t best_number(const Plan& plan, const std::vector<Place>& places) {
     const size_t most = std::min(places.size(), size_t(plan.max_step_nodes));
     double tokens = plan.num_choosing, best_tokens = tokens;
-    size_t best = plan.is_budgeted ? 0 : most;
-    double best_rate = tokens / (plan.step_s[0] + plan.draft_s);
+    double best_worth = tokens - plan.token_rate * plan.step_s[0];
+    size_t best = 0;
     for (size_t number = 1; number <= most; ++number) {
         tokens += places[number - 1].survival;
-        const double rate = tokens / (plan.step_s[number] + plan.draft_s);
-        if (plan.is_budgeted ? rate > best_rate : number == most) {
+        const double worth = tokens - plan.token_rate * plan.step_s[number];
+        if (worth > best_worth) {
             best = number;
-            best_rate = rate;
+            best_worth = worth;
             best_tokens = tokens;
         }
     }
     plan.figures[0] = double(best);
     plan.figures[1] = best_tokens;
-    plan.figures[2] = best_rate * plan.step_s[0] / plan.num_choosing;
     return best;
 }
 
@@ -359,15 +386,24 @@ void count_trial(const Cells& cells, const Proposal& proposal, bool is_accepted)
 }
 
 // Judge what was proposed along the path that the tokens took; returns how many trials there were.
-int64_t judge(const Cells* cells, Slot& slot, const int32_t* tokens, int32_t number) {
+int64_t judge(const Plan& plan, Slot& slot, const int32_t* tokens, int32_t number) {
+    const Cells* const cells = plan.cells + (slot.is_sampled ? kNumDrafters : 0);
     int64_t num_trials = 0;
     int32_t node = 0;
     for (int32_t at = 0; at < number && node >= 0 && !slot.nodes.empty(); ++at) {
         const Node& here = slot.nodes[size_t(node)];
+        double expected = 0.0;
+        bool has_come = false;
         for (int32_t one = here.first; one < here.end; ++one) {
             const Proposal& proposal = slot.proposals[size_t(one)];
-            count_trial(cells[proposal.drafter], proposal, proposal.token == tokens[at]);
+            const bool is_accepted = proposal.token == tokens[at];
+            if (proposal.drafter == kMerged) {
+                expected += cells[kMerged].survivals[proposal.cell];
+                has_come |= is_accepted;
+            }
+            count_trial(cells[proposal.drafter], proposal, is_accepted);
         }
+        if (here.end > here.first) slot.predictability.note(expected, has_come);
         num_trials += here.end - here.first;
         const int32_t parent = node;
         node = -1;
@@ -391,7 +427,7 @@ auto SLIPSTREAM_EXPORT(merger_new)(int32_t num_slots, int64_t pool_tokens) -> vo
 
 void SLIPSTREAM_EXPORT(merger_free)(void* merger) { delete static_cast<SLIPSTREAM_ISA::Merger*>(merger); }
 
-// Take in what is new of every request's text, grow its tree, choose among all nodes and write the trees one behind the
+// Judge every request's last tree by what is new of its text, take that in, grow its next tree, choose among all nodes and write the trees one behind the
 // other. Returns -1, or the first request whose root or matrix is none.
 int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address) {
     using namespace SLIPSTREAM_ISA;
@@ -401,30 +437,19 @@ int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address) {
         const int32_t* const limits = plan.limits + 4 * int64_t(request);
         if (limits[0] >= plan.num_matrices || limits[1] < 0 || limits[1] >= plan.vocab_size) return request;
     }
+    int64_t num_trials = 0;
     for (int32_t request = 0; request < plan.num_requests; ++request) {
         const int32_t first = request > 0 ? plan.new_ends[request - 1] : 0;
-        merger.slots[size_t(plan.slots[request])].text.extend(plan.new_tokens + first, plan.new_ends[request] - first);
+        const int32_t* const tokens = plan.new_tokens + first;
+        Slot& slot = merger.slots[size_t(plan.slots[request])];
+        num_trials += judge(plan, slot, tokens, plan.new_ends[request] - first);
+        slot.text.extend(tokens, plan.new_ends[request] - first);
         Growth(plan, request, merger).run();
     }
+    plan.figures[2] = double(num_trials);
     const std::vector<Place> places = by_survival(plan, merger);
     write_trees(plan, merger, places, best_number(plan, places));
     return -1;
-}
-
-// The requests in these slots went on with these tokens, those of one slot ending before `ends[i]`: judge the trees that
-// were grown for them. Returns how many candidates were.
-int64_t SLIPSTREAM_EXPORT(merger_judge)(void* handle, const void* cells, int32_t num_requests, const int32_t* slots,
-                                        const int32_t* tokens, const int32_t* ends) {
-    using namespace SLIPSTREAM_ISA;
-    Merger& merger = *static_cast<Merger*>(handle);
-    int64_t num_trials = 0;
-    for (int32_t request = 0; request < num_requests; ++request) {
-        const int32_t first = request > 0 ? ends[request - 1] : 0;
-        Slot& slot = merger.slots[size_t(slots[request])];
-        const auto* const of_kind = static_cast<const Cells*>(cells) + (slot.is_sampled ? kNumDrafters : 0);
-        num_trials += judge(of_kind, slot, tokens + first, ends[request] - first);
-    }
-    return num_trials;
 }
 
 // The request in a slot has left.
@@ -433,6 +458,7 @@ void SLIPSTREAM_EXPORT(merger_release)(void* handle, int32_t slot) {
     Slot& left = static_cast<Merger*>(handle)->slots[size_t(slot)];
     left.text.clear();
     left.forget_tree();
+    left.predictability = {};
 }
 
 // Keep an output in the pool, for the requests of its scope.
