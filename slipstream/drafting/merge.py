@@ -30,7 +30,7 @@ from slipstream.drafting.tree import DraftTree, trees_of
 from slipstream.engine.sampling import draft_rows
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 from slipstream_kernels.adjacency import Adjacency
-from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Int32, Merger, Price
+from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Float64, Int32, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
 
 Source = Literal["chain", "recycling", "lookup", "pool"]
@@ -46,7 +46,7 @@ CATCH_UP_WINDOW = 64
 _JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""
 
-_STEPS_BETWEEN_COSTS = 4
+_STEPS_BETWEEN_COSTS = 8
 """One in so many steps corrects the prediction of what steps cost."""
 
 _STEPS_BETWEEN_LESSONS = 64
@@ -117,7 +117,7 @@ class MergedDrafter:
         self._load = StepLoad(0, 0, 0.0)
         self._token_s: dict[int, float] = {}
         self._overhead = Overhead()
-        self._expected_s = 0.0
+        self._expected_pass_s = self._plain_s = 1.0
         self._was_level = True
         self._is_listening = True
         self._num_steps = 0
@@ -173,7 +173,6 @@ class MergedDrafter:
         `can_draft` False: no request may have a draft in it.
         """
         self._load = load
-        self._expected_s = 0.0
         self._mode = self._chosen_mode(load) if can_draft else Mode.OFF
         self._was_level = True
         return self._mode is not Mode.OFF
@@ -187,8 +186,7 @@ class MergedDrafter:
         merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
         self._take_in(merged.num_judged)
         trees = trees_of(merged.token_ids_X, merged.parents_X, merged.ends_B, drafter="merged", versions=versions)
-        beside_s = self._overhead.expected_s(mode, load.num_choosing)
-        self._expected_s = float(price.step_s[len(merged.token_ids_X)]) + beside_s
+        self._expect(price.step_s, num_nodes=len(merged.token_ids_X))
         return trees
 
     def finished(self, *, step_s: float, pass_s: float, num_tokens: int) -> None:
@@ -202,11 +200,17 @@ class MergedDrafter:
         self._overhead.observe(mode, load.num_choosing, step_s - pass_s)
         if mode is Mode.OFF and not self._is_listening:
             return
-        line_s, _ = self.step_cost.over_nodes(num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens)
-        plain_s = float(line_s[0]) + self._overhead.expected_s(Mode.OFF, load.num_choosing)
+        if mode is Mode.OFF:
+            line_s, _ = self.step_cost.over_nodes(
+                num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens
+            )
+            self._expect(line_s, num_nodes=0)
+        self.step_cost.keep_pace(pass_s / self._expected_pass_s)
+        beside_s = self._overhead.expected_s(mode, load.num_choosing)
         # A step that the machine interrupted says little.
-        seconds = min(step_s, _LARGEST_SURPRISE * (self._expected_s or plain_s))
-        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=seconds / plain_s)
+        seconds = min(step_s, _LARGEST_SURPRISE * (self._expected_pass_s + beside_s))
+        plain_steps = seconds / self._plain_s
+        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
 
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
@@ -257,12 +261,21 @@ class MergedDrafter:
         step_s, least_share = self.step_cost.over_nodes(
             num_rows=load.num_rows, max_nodes=max_nodes, context_tokens=load.context_tokens
         )
-        plain_s = float(step_s[0]) + self._overhead.expected_s(Mode.OFF, load.num_choosing)
+        plain_s = self._plain_step_s(step_s)
         gain = max(self.modes.gain(self._mode, num_requests=load.num_choosing), 1.0)
         token_rate = gain * load.num_choosing / plain_s
         # Nodes that survive less often than this never pay, whatever their number.
         min_survival = min(token_rate * least_share * float(step_s[0]), _LARGEST_BAR)
         return Price(step_s, token_rate, load.num_choosing, min_survival)
+
+    def _plain_step_s(self, step_s: Float64) -> float:
+        """What a step like this one takes without drafting."""
+        return float(step_s[0]) + self._overhead.expected_s(Mode.OFF, self._load.num_choosing)
+
+    def _expect(self, step_s: Float64, *, num_nodes: int) -> None:
+        """The step's pass has so many nodes, where those with n take `step_s[n]` seconds."""
+        self._expected_pass_s = float(step_s[num_nodes])
+        self._plain_s = self._plain_step_s(step_s)
 
     def _draft_chains(
         self, contexts: Sequence[DraftContext], price: Price, *, is_wanted: bool

@@ -16,10 +16,10 @@ from collections import Counter
 SHORTEST_INTERVAL = 64
 """Steps in the best mode before another one is tried, at first and after a trial that found a better one."""
 
-LONGEST_INTERVAL = 512
+LONGEST_INTERVAL = 256
 """The interval doubles with every trial that finds nothing, up to this."""
 
-FIRST_STEPS = 24
+FIRST_STEPS = 48
 """Steps of a mode before it is compared."""
 
 TRIAL_STEPS = 8
@@ -31,7 +31,7 @@ LONGEST_TRIAL_STEPS = 32
 _CATCH_UP_STEPS = 8
 """A draft model may have to catch up with texts first: so many steps of a trial may tell nothing."""
 
-_FIRST_PATIENCE = 4
+_FIRST_PATIENCE = 2
 """A mode that told nothing in so many times FIRST_STEPS is compared all the same."""
 
 _LEAST_GAIN = 1.02

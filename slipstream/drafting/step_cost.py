@@ -242,7 +242,10 @@ class StepCost:
             error -= more * self._expert_s
             self._experts.observe(num_rows=num_rows, num_experts=num_experts)
         self._correct(rows, context_tokens, error)
-        self._pace *= 1 + _PACE_RATIO * min(max(error / expected, -0.5), 0.5)
+
+    def keep_pace(self, ratio: float) -> None:
+        """A step took so many times the seconds predicted for it. Cheap, so that every step can tell."""
+        self._pace *= 1 + _PACE_RATIO * min(max(ratio - 1, -0.5), 0.5)
 
     def _learn_experts(self, experts: ExpertUnion, more: float, error: float) -> None:
         """A step woke `more` experts than expected, and took `error` seconds more than predicted."""

@@ -164,6 +164,9 @@ class FixedCost:
     def observe(self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None) -> None:
         pass
 
+    def keep_pace(self, ratio: float) -> None:
+        pass
+
 
 def let_steps_cost(drafter: MergedDrafter, per_node: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are said to take 1 s and `per_node` s for every node, and to have taken that."""

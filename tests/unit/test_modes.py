@@ -28,7 +28,7 @@ def taken(modes: Modes, gains: Mapping[Mode, float], *, num_steps: int, num_requ
 
 
 def test_every_mode_is_tried_before_the_best_one_is_kept() -> None:
-    chosen = taken(Modes(), {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=300)
+    chosen = taken(Modes(), {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=350)
     assert chosen[: 2 * FIRST_STEPS] == [Mode.FLOOR] * FIRST_STEPS + [Mode.CHAIN] * FIRST_STEPS
     assert chosen[2 * FIRST_STEPS :].count(Mode.CHAIN) > 230
 
@@ -59,7 +59,7 @@ def test_a_draft_that_never_drafts_does_not_hold_up_the_others() -> None:
         mode = modes.choose(1, has_floor=True, has_chain=True)
         if mode is Mode.FLOOR:
             note(modes, mode, GOOD)
-    assert modes.counts[Mode.FLOOR] > 1_800
+    assert modes.counts[Mode.FLOOR] > 1_700
 
 
 def test_a_mode_that_stops_to_gain_is_left() -> None:
@@ -92,8 +92,8 @@ def test_the_gain_of_a_mode_is_of_sums_not_of_steps() -> None:
 
 def test_small_and_large_batches_are_told_apart() -> None:
     modes = Modes()
-    taken(modes, {Mode.FLOOR: GOOD}, num_steps=40, num_requests=1)
-    taken(modes, {Mode.FLOOR: BAD}, num_steps=40, num_requests=16)
+    taken(modes, {Mode.FLOOR: GOOD}, num_steps=2 * FIRST_STEPS, num_requests=1)
+    taken(modes, {Mode.FLOOR: BAD}, num_steps=2 * FIRST_STEPS, num_requests=16)
     assert modes.choose(1, has_floor=True, has_chain=False) is Mode.FLOOR
     assert modes.choose(16, has_floor=True, has_chain=False) is Mode.OFF
 

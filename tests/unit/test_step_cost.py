@@ -146,14 +146,21 @@ def test_the_error_reported_is_of_predictions_made_before() -> None:
     assert cost.mean_error_ratio == pytest.approx(0.5), "1.0 s predicted, 2.0 s measured"
 
 
+def follow(cost: StepCost, *, seconds_of_one_row: float) -> None:
+    """A step of one row took so long."""
+    predicted_s = seconds(cost, 1)[0]
+    cost.observe(num_rows=1, context_tokens=16, seconds=seconds_of_one_row)
+    cost.keep_pace(seconds_of_one_row / predicted_s)
+
+
 def test_one_interrupted_step_moves_little() -> None:
     cost = StepCost(dense(TABLE))
     for _ in range(50):
         cost.observe(num_rows=1, context_tokens=16, seconds=1.0)
-    cost.observe(num_rows=1, context_tokens=16, seconds=1000.0)
+    follow(cost, seconds_of_one_row=1000.0)
     assert seconds(cost, 1)[0] == pytest.approx(1.1 * 1.1)
     for _ in range(20):
-        cost.observe(num_rows=1, context_tokens=16, seconds=1.0)
+        follow(cost, seconds_of_one_row=1.0)
     assert seconds(cost, 1)[0] == pytest.approx(1.0, abs=0.01)
 
 
@@ -163,7 +170,7 @@ def test_a_machine_that_changes_its_pace_is_followed_within_a_few_steps() -> Non
         cost.observe(num_rows=1, context_tokens=16, seconds=1.0)
     before = seconds(cost, 1, 4)
     for _ in range(12):
-        cost.observe(num_rows=1, context_tokens=16, seconds=1.8)
+        follow(cost, seconds_of_one_row=1.8)
     assert [now / then for now, then in zip(seconds(cost, 1, 4), before, strict=True)] == pytest.approx(
         [1.8, 1.8], rel=0.2
     ), "sizes that were not seen, too"
