@@ -3,9 +3,10 @@
 The gain of a mode is what its steps really gave: tokens over the number of plain steps that they took as long as. It is
 remembered per mode and size of the batch, to a factor of two; a size without any goes by the next one. A step is taken
 in the mode with the largest gain; speculation is off where none is much above that of plain steps. Every mode is
-compared only after steps enough to tell. Now and then another one is tried, because text, drafts and load change; the
-longer nothing better is found, the more seldom. While speculation is off, trials are all it costs; while it is on, a
-plain step now and then keeps what plain steps cost known.
+compared only after steps enough to tell. Now and then another one is tried, because text, drafts and load change, and
+because what is known of it may have been bad luck: the less it seems to lose beside the best, the more often, such that
+trials of a mode cost a fixed small share of all time. While speculation is off, trials are all it costs; while it is
+on, a plain step now and then keeps what plain steps cost known.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from __future__ import annotations
 import enum
 from collections import Counter
 
-SHORTEST_INTERVAL = 64
-"""Steps in the best mode before another one is tried, at first and after a trial that found a better one."""
+TRIAL_COST_RATIO = 0.005
+"""What trials of one mode may cost, as a share of all steps."""
 
-LONGEST_INTERVAL = 256
-"""The interval doubles with every trial that finds nothing, up to this."""
+SHORTEST_INTERVAL = 48
+"""Steps between two trials, at least."""
+
+_LONGEST_INTERVAL = 1024
+"""Steps between two trials of a mode, at most: what is known grows old."""
 
 FIRST_STEPS = 48
 """Steps of a mode before it is compared."""
@@ -90,10 +94,10 @@ class Modes:
         self.counts: Counter[Mode] = Counter()
         self._evidence: dict[tuple[int, Mode], _Evidence] = {}
         self._num_taken: Counter[tuple[int, Mode]] = Counter()
-        # By size of the batch: steps between trials, and steps since the last one.
-        self._intervals: dict[int, int] = {}
+        # By size of the batch: steps so far, and before which one no mode, or this mode, is tried again.
         self._num_steps: Counter[int] = Counter()
-        self._num_trials = 0
+        self._next_trial: dict[int, int] = {}
+        self._next_trials: dict[tuple[int, Mode], int] = {}
         self._trial: Mode | None = None
         self._trial_evidence = _Evidence()
         self._trial_steps = 0
@@ -104,8 +108,8 @@ class Modes:
         """The mode of the coming step."""
         size = num_requests.bit_length()
         key = size, has_floor, has_chain
-        if self._off_for == key and self._num_steps[size] + 1 < self._interval(size):
-            self._num_steps[size] += 1
+        self._num_steps[size] += 1
+        if self._off_for == key and self._num_steps[size] < self._next_trial.get(size, 0):
             self.counts[Mode.OFF] += 1
             return Mode.OFF
         drafting = [Mode.FLOOR] * has_floor + [Mode.CHAIN] * has_chain
@@ -141,7 +145,8 @@ class Modes:
         for key in [key for key in self._num_taken if key[1] is mode]:
             del self._num_taken[key]
             self._evidence.pop(key, None)
-        self._intervals.clear()
+        self._next_trials.clear()
+        self._next_trial.clear()
         self._off_for = None
 
     def _chosen(self, size: int, drafting: list[Mode]) -> Mode:
@@ -154,15 +159,13 @@ class Modes:
         gains[Mode.OFF] *= _LEAST_GAIN
         best = max(gains, key=gains.__getitem__)
         if self._trial is not None:
-            return self._in_trial(size, self._trial, best, gains)
-        self._num_steps[size] += 1
-        if self._num_steps[size] >= self._interval(size):
-            others = [mode for mode in (Mode.OFF, *drafting) if mode is not best]
-            self._begin_trial(size, others[self._num_trials % len(others)])
+            if self._trial in gains and self._goes_on(self._trial, best_gain=gains[best]):
+                return self._trial
+            self._end_trial(size, gains, best)
+        elif self._num_steps[size] >= self._next_trial.setdefault(size, self._num_steps[size] + SHORTEST_INTERVAL):
+            others = [mode for mode in gains if mode is not best]
+            self._begin_trial(size, min(others, key=lambda mode: self._next_trials.get((size, mode), 0)))
         return best
-
-    def _interval(self, size: int) -> int:
-        return self._intervals.get(size, SHORTEST_INTERVAL)
 
     def _is_known(self, size: int, mode: Mode) -> bool:
         """Whether a mode has had its first steps at this size, or at one next to it."""
@@ -177,20 +180,23 @@ class Modes:
         return next((one.gain for one in found if one is not None), 1.0)
 
     def _begin_trial(self, size: int, mode: Mode) -> None:
-        self._num_trials += 1
         self._trial, self._trial_evidence, self._trial_steps = mode, _Evidence(), 0
         if (size, mode) in self._evidence:
             self._evidence[size, mode].let_fade()
 
-    def _in_trial(self, size: int, trial: Mode, best: Mode, gains: dict[Mode, float]) -> Mode:
-        self._trial_steps += 1
-        if trial in gains and self._goes_on(trial, best_gain=max(gains.values())):
-            return trial
-        self._intervals[size] = SHORTEST_INTERVAL if best is trial else min(2 * self._interval(size), LONGEST_INTERVAL)
-        self._num_steps[size], self._trial = 0, None
-        return best
+    def _end_trial(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
+        """Fix when its mode is tried again, and when the next one is."""
+        now, mode, self._trial = self._num_steps[size], self._trial, None
+        assert mode is not None
+        loss = max(1 - gains.get(mode, 0.0) / gains[best], 0.0)
+        interval = min(max(loss * self._trial_steps / TRIAL_COST_RATIO, SHORTEST_INTERVAL), _LONGEST_INTERVAL)
+        self._next_trials[size, mode] = now + int(interval)
+        others = (self._next_trials.get((size, one), now) for one in gains if one is not best)
+        self._next_trial[size] = max(min(others), now + SHORTEST_INTERVAL)
 
     def _goes_on(self, trial: Mode, *, best_gain: float) -> bool:
+        """Whether a trial has another step."""
+        self._trial_steps += 1
         if trial is Mode.OFF:
             return self._trial_steps <= 1
         tried = self._trial_evidence
