@@ -9,7 +9,7 @@ Prompts are held out: gsm8k, wikisql, python_docstring and sgd_dialog in the wor
 Spec-Bench's, as far as they fit the context of 256. Answers have at most 96 tokens and no cell repeats a prompt of
 another. Prompts whose answer ends in a loop are counted and left out, and so are answers of fewer than 8 tokens, where
 there is little to draft. What is measured begins when all requests of a group have their first token; requests of a
-group have answers of similar length. Every system has served 32 training prompts before.
+group have answers of similar length. Every system has served 72 training prompts before.
 
 The reduced grid (default, within an hour) has all 18 cells: mix-moe-11m x4 and x8 and mix-dense-6m x8, batch 1, 4 and
 16, temperature 0 and 1, with 10, 3 and 2 groups; fixed settings are look-up 4, recycling 4 and 8, chain 2, 4 and 8,
@@ -60,7 +60,7 @@ from slipstream.records import unpack_ids
 
 NUM_THREADS = 2
 SHORTEST_ANSWER = 8
-WARM_UP_GROUPS = (16, 4, 4, 1, 1, 1, 1, 1, 1, 1, 1)
+WARM_UP_GROUPS = (16, 16, 4, 4, 4, 4, *[1] * 24)
 SEED = 1
 SIZES = (
     Size(source="mix-moe-11m", times=4),
