@@ -35,7 +35,7 @@ from slipstream.models.checkpoint import Checkpoint, load_checkpoint
 from slipstream.models.config import ModelConfig
 from slipstream.telemetry import ReplicaMetrics
 from slipstream_kernels.adjacency import WIDTH
-from slipstream_kernels.sampling import top_logprobs
+from slipstream_kernels.sampling import host_logprobs, top_logprobs
 
 MODELS = ("tinystories-656k", "stories260k")
 MAX_TOKENS, QUICK_MAX_TOKENS = 200, 60
@@ -121,8 +121,8 @@ class ListeningDecoder:
             plan = msgspec.structs.replace(plan, logit_rows_X=np.arange(len(plan.ids_T), dtype=np.int32))
         output = self._decoder.forward(plan)
         rows = range(len(plan.logit_rows_X))
-        said = top_logprobs(output.logits_XV, rows, [0] * len(rows), num_top=WIDTH)
-        self._drafter.observe(plan.ids_T[plan.logit_rows_X], said.top_ids_GN.numpy(), said.top_logprobs_GN.numpy())
+        said = host_logprobs(top_logprobs(output.logits_XV, rows, [0] * len(rows), num_top=WIDTH))
+        self._drafter.observe(plan.ids_T[plan.logit_rows_X], said.top_ids_GN, said.top_logprobs_GN)
         if self._reads_prompts:
             return msgspec.structs.replace(output, logits_XV=output.logits_XV[wanted])
         return output

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream_kernels.isa import instruction_set, is_available, typed
-from slipstream_kernels.sampling import top_logprobs
+from slipstream_kernels.sampling import host_logprobs, kernel_rows, top_logprobs
 
 WIDTH = 8
 """Entries of a row."""
@@ -91,13 +91,13 @@ def remember_logits(matrix: Adjacency, token_ids_T: NDArray[np.int32], logits_TV
 
     These are `sampling.top_logprobs` but for the last bit: the compiled kernel sums in single precision.
     """
-    if not (is_available() and logits_TV.device.type == "cpu" and logits_TV.stride(1) == 1):
+    rows = kernel_rows(logits_TV)
+    if rows is None:
         number = len(token_ids_T)
         said = top_logprobs(logits_TV, range(number), [0] * number, num_top=min(WIDTH, logits_TV.shape[1]))
-        remember(matrix, token_ids_T, said.top_ids_GN.cpu().numpy(), said.top_logprobs_GN.cpu().numpy())
+        remember(matrix, token_ids_T, *host_logprobs(said)[1:])
         return
-    num_rows, vocab_size = logits_TV.shape
-    if len(token_ids_T) != num_rows or vocab_size != vocab_size_of(matrix):
+    if len(token_ids_T) != rows.number or rows.vocab_size != vocab_size_of(matrix):
         raise ValueError(
             f"{len(token_ids_T)} tokens, logits {tuple(logits_TV.shape)}; expected a row each, of "
             f"{vocab_size_of(matrix)}"
@@ -106,11 +106,11 @@ def remember_logits(matrix: Adjacency, token_ids_T: NDArray[np.int32], logits_TV
     bad_row = _compiled("recycling_remember_logits", instruction_set())(
         *(array.ctypes.data for array in matrix),
         matrix.ids_VN.itemsize,
-        vocab_size,
+        rows.vocab_size,
         tokens_T.ctypes.data,
-        logits_TV.data_ptr(),
-        logits_TV.stride(0),
-        num_rows,
+        rows.address,
+        rows.stride,
+        rows.number,
     )
     if bad_row >= 0:
         raise no_token(matrix, [int(tokens_T[bad_row])])

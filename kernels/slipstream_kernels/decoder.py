@@ -121,6 +121,9 @@ class _Plan(ctypes.Structure):
     ]
 
 
+_MOST_VIEWS = 4096
+
+
 class Decoder:
     """A decoder and its cache in the instruction set that runs when it is made.
 
@@ -151,6 +154,7 @@ class Decoder:
         self._experts_TLK = torch.zeros(experts, dtype=torch.int32)
         self._logits_address = self._logits_XV.data_ptr()
         self._experts_address = self._experts_TLK.data_ptr() if sizes.experts else 0
+        self._given_out: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def _function(self, name: str, result: Any = None) -> Callable[..., Any]:
         # A pointer type of its own per decoder: ctypes keeps argument types on the function object.
@@ -188,7 +192,16 @@ class Decoder:
             ctypes.c_void_p(self._logits_address),
             ctypes.c_void_p(self._experts_address),
         )
-        return self._logits_XV[:num_logit_rows], self._experts_TLK[:num_rows]
+        return self._views(num_rows, num_logit_rows)
+
+    def _views(self, num_rows: int, num_logit_rows: int) -> tuple[Tensor, Tensor]:
+        """The first rows of what passes write; the same tensors for the same numbers, as making them takes long."""
+        key = num_rows, num_logit_rows
+        if key not in self._given_out:
+            if len(self._given_out) == _MOST_VIEWS:
+                self._given_out.clear()
+            self._given_out[key] = self._logits_XV[:num_logit_rows], self._experts_TLK[:num_rows]
+        return self._given_out[key]
 
     def draft_chain(self, first: Plan, chain_address: int) -> None:
         """Draft from this decoder; `slipstream_kernels.chain` says what lies at the address."""

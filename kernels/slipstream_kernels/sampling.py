@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,20 +88,51 @@ def sample_rows(rows: Sequence[bytes], positions: Sequence[int]) -> SampleRows:
 
 def choose(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
     """The token int32 [X] chosen in each row of fp32 logits, on their device; no synchronisation with it."""
-    num_rows, vocab_size = logits_XV.shape
-    if len(rows_X) != num_rows:
-        raise ValueError(f"{len(rows_X)} sample rows for {num_rows} rows of logits; give one each")
-    if not _is_for_kernels(logits_XV):
+    if len(rows_X) != len(logits_XV):
+        raise ValueError(f"{len(rows_X)} sample rows for {len(logits_XV)} rows of logits; give one each")
+    if kernel_rows(logits_XV) is None:
         return choose_reference(logits_XV, rows_X)
-    chosen_X = torch.empty(num_rows, dtype=torch.int32)
+    return torch.tensor(chosen_ids(logits_XV, rows_X), dtype=torch.int32)
+
+
+def chosen_ids(logits_XV: Tensor, rows_X: SampleRows) -> list[int]:
+    """`choose`, read from the device."""
+    rows = kernel_rows(logits_XV)
+    if rows is None or len(rows_X) != rows.number:
+        return choose(logits_XV, rows_X).tolist()  # type: ignore[no-any-return]
+    chosen_X = array("i", bytes(4 * rows.number))
     _compiled("choose", instruction_set())(
-        logits_XV.data_ptr(), logits_XV.stride(0), num_rows, vocab_size, rows_X.ctypes.data, chosen_X.data_ptr()
+        rows.address, rows.stride, rows.number, rows.vocab_size, rows_X.ctypes.data, chosen_X.buffer_info()[0]
     )
-    return chosen_X
+    return chosen_X.tolist()
+
+
+class KernelRows(NamedTuple):
+    """Where the compiled kernels find fp32 logits [number, vocab_size], rows `stride` floats apart."""
+
+    address: int
+    stride: int
+    number: int
+    vocab_size: int
+
+
+def kernel_rows(logits_XV: Tensor) -> KernelRows | None:
+    """Where the compiled kernels find these logits; None if they cannot read them.
+
+    Kept with the tensor, whose storage must stay its own: behind a pass of the target every first look at something
+    costs misses of all caches, and asking a tensor five questions took as long as choosing a hundred tokens.
+    """
+    known: KernelRows | None = getattr(logits_XV, _KNOWN, None)
+    if known is None and _is_for_kernels(logits_XV):
+        known = KernelRows(logits_XV.data_ptr(), logits_XV.stride(0), *logits_XV.shape)
+        setattr(logits_XV, _KNOWN, known)
+    return known
+
+
+_KNOWN = "_slipstream_kernel_rows"
 
 
 def _is_for_kernels(logits_XV: Tensor) -> bool:
-    """Whether the compiled kernels can read these logits."""
     return (
         logits_XV.device.type == "cpu"
         and logits_XV.dtype == torch.float32
@@ -247,35 +279,57 @@ class TopLogprobs(NamedTuple):
     top_logprobs_GN: Tensor
 
 
-def top_logprobs(logits_XV: Tensor, rows: Sequence[int], token_ids: Sequence[int], *, num_top: int) -> TopLogprobs:
+class HostLogprobs(NamedTuple):
+    """The same as arrays."""
+
+    logprobs_G: NDArray[np.float32]
+    top_ids_GN: NDArray[np.int32]
+    top_logprobs_GN: NDArray[np.float32]
+
+
+def top_logprobs(
+    logits_XV: Tensor, rows: Sequence[int], token_ids: Sequence[int], *, num_top: int
+) -> TopLogprobs | HostLogprobs:
     """Log-probabilities of raw logits: of one token in each of the rows named, and of the `num_top` most likely.
 
     `num_top` is at most the size of the vocabulary. Probabilities are summed in units of 2**-42 of the largest, which
-    makes a result independent of the order of the sum.
+    makes a result independent of the order of the sum. Arrays where the compiled kernels can read the logits, which is
+    on the host, else tensors on their device, with no synchronisation.
     """
-    num_rows, vocab_size = logits_XV.shape
+    found = kernel_rows(logits_XV)
+    num_rows, vocab_size = logits_XV.shape if found is None else (found.number, found.vocab_size)
     if not 0 <= num_top <= vocab_size:
         raise ValueError(f"num_top is {num_top}; expected 0 to the size of the vocabulary, {vocab_size}")
     if len(rows) != len(token_ids):
         raise ValueError(f"{len(rows)} rows and {len(token_ids)} tokens; give one each")
     _check_range("rows", rows, num_rows)
     _check_range("token ids", token_ids, vocab_size)
-    if not _is_for_kernels(logits_XV):
+    if found is None:
         return top_logprobs_reference(logits_XV, rows, token_ids, num_top=num_top)
     rows_G, tokens_G, num_wanted = np.array(rows, np.int32), np.array(token_ids, np.int32), len(rows)
-    ids_GN = torch.empty(num_wanted, num_top, dtype=torch.int32)
-    out = TopLogprobs(torch.empty(num_wanted), ids_GN, torch.empty(num_wanted, num_top))
+    out = HostLogprobs(
+        np.empty(num_wanted, np.float32),
+        np.empty((num_wanted, num_top), np.int32),
+        np.empty((num_wanted, num_top), np.float32),
+    )
     _compiled("top_logprobs", instruction_set())(
-        logits_XV.data_ptr(),
-        logits_XV.stride(0),
+        found.address,
+        found.stride,
         vocab_size,
         rows_G.ctypes.data,
         tokens_G.ctypes.data,
         num_wanted,
         num_top,
-        *(tensor.data_ptr() for tensor in out),
+        *(values.ctypes.data for values in out),
     )
     return out
+
+
+def host_logprobs(said: TopLogprobs | HostLogprobs) -> HostLogprobs:
+    """The same, read from its device."""
+    if isinstance(said, HostLogprobs):
+        return said
+    return HostLogprobs(*(values.cpu().numpy() for values in said))
 
 
 def _check_range(name: str, numbers: Sequence[int], end: int) -> None:

@@ -14,7 +14,7 @@ from slipstream.drafting.tree import DraftTree
 from slipstream.engine.request import FinishReason, Request, TokenBlock
 from slipstream.engine.stops import StopStrings
 from slipstream.records import Round
-from slipstream_kernels.sampling import TopLogprobs
+from slipstream_kernels.sampling import HostLogprobs, TopLogprobs, host_logprobs
 
 OnBlock = Callable[[TokenBlock], None]
 
@@ -37,7 +37,7 @@ class ObservedStep:
     So a step on a GPU does not wait for what only the observer needs, at the end of a request.
     """
 
-    def __init__(self, said: TopLogprobs, expert_ids_TLK: Tensor | None) -> None:
+    def __init__(self, said: TopLogprobs | HostLogprobs, expert_ids_TLK: Tensor | NDArray[np.integer] | None) -> None:
         self._said = said
         self._expert_ids_TLK = expert_ids_TLK
 
@@ -46,10 +46,7 @@ class ObservedStep:
         """The rows of all requests, in the order of the step."""
         experts = self._expert_ids_TLK
         return ObservedRows(
-            self._said.logprobs_G.cpu().numpy(),
-            self._said.top_ids_GN.cpu().numpy(),
-            self._said.top_logprobs_GN.cpu().numpy(),
-            None if experts is None else experts.cpu().numpy(),
+            *host_logprobs(self._said), experts.cpu().numpy() if isinstance(experts, Tensor) else experts
         )
 
 

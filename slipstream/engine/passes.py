@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.drafting.drafter import LearnedRequest, Lesson, StepLoad
@@ -155,15 +157,22 @@ def note_what_was_said(passes: Sequence[Pass], plan: StepPlan, output: StepOutpu
     token_ids = [token for one in asked for token in one.kept_ids]
     num_top = max(top_n, *(one.sequence.request.num_logprobs or 0 for one in asked))
     said = top_logprobs(output.logits_XV, rows, token_ids, num_top=min(num_top, output.logits_XV.shape[1]))
-    experts_TLK = output.expert_ids_TLK
-    if experts_TLK is not None:
-        # A copy: the next pass overwrites what this one gave out.
-        experts_TLK = experts_TLK[torch.from_numpy(plan.logit_rows_X[rows]).to(experts_TLK.device)]
-    step = ObservedStep(said, experts_TLK)
+    step = ObservedStep(said, _experts_of(output, plan.logit_rows_X[rows]))
     first = 0
     for one in asked:
         one.said = (step, slice(first, first + len(one.kept_ids)))
         first += len(one.kept_ids)
+
+
+def _experts_of(output: StepOutput, rows: NDArray[np.int32]) -> Tensor | NDArray[np.integer] | None:
+    """A copy of what some rows chose: the next pass overwrites what this one gave out."""
+    experts_TLK = output.expert_ids_TLK
+    if experts_TLK is None:
+        return None
+    if experts_TLK.device.type == "cpu":
+        some: NDArray[np.integer] = experts_TLK.numpy()[rows]  # takes a small part of the time of torch's indexing
+        return some
+    return experts_TLK[torch.from_numpy(rows).to(experts_TLK.device)]
 
 
 def token_logprobs(step: ObservedStep, part: slice, *, num_top: int) -> tuple[TokenLogprobs, ...]:

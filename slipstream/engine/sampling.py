@@ -32,7 +32,7 @@ from torch import Tensor
 
 from slipstream.drafting.tree import DraftTree, depths
 from slipstream.engine.request import SamplingParams
-from slipstream_kernels.sampling import SampleRows, choose, probabilities, row_bytes, sample_rows
+from slipstream_kernels.sampling import SampleRows, choose, chosen_ids, probabilities, row_bytes, sample_rows
 
 
 class RowsOfRequest(msgspec.Struct, frozen=True):
@@ -73,7 +73,7 @@ def choose_tokens(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> list[
         first = len(request.token_ids)
         rows.append(row_of(request.sampling) * (1 + len(request.tree.token_ids)))
         positions += [first, *(first + depth for depth in depths(request.tree))]
-    chosen = choose(adjusted(logits_XV, requests), sample_rows(rows, positions)).tolist()
+    chosen = chosen_ids(adjusted(logits_XV, requests), sample_rows(rows, positions))
     ends = list(accumulate(1 + len(request.tree.token_ids) for request in requests))
     return [chosen[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -25,7 +25,7 @@ from slipstream_kernels.adjacency import (
 )
 from slipstream_kernels.noise import gumbel_noise
 from slipstream_kernels.recycling import NO_PARENT, Grown, GrowthRule, Template, grow, grow_reference, noise_of_tokens
-from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows, top_logprobs
+from slipstream_kernels.sampling import SampleRows, host_logprobs, row_bytes, sample_rows, top_logprobs
 
 PLAIN_RULE = GrowthRule(depth_penalty=0.0, rank_share=0.0)
 BINARY = Template(
@@ -305,9 +305,9 @@ def test_logits_are_remembered_as_their_log_probabilities(isa: str, vocab_size: 
     logits_TV[2, :3] = -float("inf")
     logits_TV[3, 0] = float("inf")
     tokens_T = np.array([4, 0, 4, 1, 2, 3], np.int32)
-    said = top_logprobs(logits_TV, range(6), [0] * 6, num_top=min(8, vocab_size))
+    said = host_logprobs(top_logprobs(logits_TV, range(6), [0] * 6, num_top=min(8, vocab_size)))
     expected, seen = empty_adjacency(vocab_size), empty_adjacency(vocab_size)
-    remember(expected, tokens_T, said.top_ids_GN.numpy(), said.top_logprobs_GN.numpy())
+    remember(expected, tokens_T, said.top_ids_GN, said.top_logprobs_GN)
     remember_logits(seen, tokens_T, logits_TV)
     assert (seen.ids_VN == expected.ids_VN).all()
     kept = expected.logprobs_VN > -np.inf
