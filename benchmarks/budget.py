@@ -1,7 +1,9 @@
 """What deciding costs beside a step: `python -m benchmarks.budget [--requests 64] [--nodes 32]`.
 
 Prints the median time of each part of a budgeted step over random trees: reading survivals, multiplying them along
-paths, pricing every number of nodes, choosing; then of learning from the step's outcomes, and of the look-ups.
+paths, pricing every number of nodes, choosing; then of learning from the step's outcomes, and of the look-ups. These
+are the definitions in numpy; last comes what the engine calls, one compiled call that looks up, grows all trees, judges
+the trees before and chooses, and that call without any node to grow.
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.drafting.budget import DrawnNodes, choose_nodes
+from slipstream.drafting.chain import no_chains
+from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.step_cost import ExpertUnion, MeasuredSteps, StepCost
 from slipstream.drafting.survival import NodeFeatures, SurvivalModel, Trials, along_paths
 from slipstream.drafting.tree import ROOT
 from slipstream_kernels.lookup import OutputPool, SuffixAutomaton
+from slipstream_kernels.merging import DRAFTERS, Asked, Merger, Price
+from slipstream_kernels.recycling import DEFAULT_RULE
+from slipstream_kernels.sampling import row_bytes, sample_rows
 
 REPEATS = 500
 CONTEXT_TOKENS = 300
@@ -26,6 +33,8 @@ TOKEN_RATE = 10_000.0
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 CONTEXTS = (16, 256, 1024)
 TEXT_TOKENS = 1024
+VOCAB = 4096
+SCORING = ("chain", "recycling", "merged")
 
 
 def lines(num_requests: int, nodes_each: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -58,6 +67,7 @@ def lines(num_requests: int, nodes_each: int) -> Iterator[tuple[str, Callable[[]
         lambda: cost.observe(num_rows=num_requests, context_tokens=CONTEXT_TOKENS, seconds=0.01, num_experts=7.0),
     )
     yield from _look_ups(rng)
+    yield from _compiled(rng, num_requests, nodes_each)
 
 
 def _forest(rng: np.random.Generator, num_requests: int, nodes_each: int) -> tuple[NodeFeatures, NDArray[np.int32]]:
@@ -98,6 +108,47 @@ def _look_ups(rng: np.random.Generator) -> Iterator[tuple[str, Callable[[], obje
     yield f"look-up: take in {TEXT_TOKENS} tokens", take_in
     yield "look-up: continuations of one request", lambda: automaton.continuations(max_tokens=8, max_continuations=4)
     yield "pool: continuations of one request", lambda: pool.look_up(0, text_T, max_tokens=8, max_continuations=4)
+
+
+def _compiled(
+    rng: np.random.Generator, num_requests: int, nodes_each: int
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    model = SurvivalModel(matching=dict.fromkeys(("lookup", "pool"), 1), scoring=dict.fromkeys(SCORING, 1))
+    cells = [model.cells(name) for name in DRAFTERS]
+    merger = Merger(
+        num_slots=num_requests,
+        max_nodes=nodes_each,
+        vocab_size=VOCAB,
+        pool_tokens=0,
+        greedy=cells,
+        sampled=cells,
+        rule=DEFAULT_RULE,
+    )
+    recycling = RecyclingDrafter(VOCAB)
+    tokens = np.arange(VOCAB, dtype=np.int32)
+    ids = np.array([rng.permutation(VOCAB)[:8] for _ in tokens], np.int32)
+    recycling.observe(tokens, ids, np.sort(-rng.exponential(2.0, ids.shape))[:, ::-1])
+    matrices = recycling.matrices_of([""])[0]
+    step_s = 0.004 + 1e-4 * np.arange(num_requests * nodes_each + 1.0)
+    texts_BT = rng.integers(0, VOCAB, (num_requests, 100)).astype(np.int32)
+
+    def asked(num_nodes: int, new_BT: NDArray[np.int32]) -> Asked:
+        limits = [(0, int(text[-1]), num_nodes, 8) for text in new_BT]
+        return Asked(
+            np.arange(num_requests, dtype=np.int32),
+            new_BT.ravel(),
+            np.cumsum([len(text) for text in new_BT], dtype=np.int32),
+            sample_rows([row_bytes(seed=1, temperature=0.0)] * num_requests, [100] * num_requests),
+            np.array(limits, np.int32),
+            np.zeros(num_requests, np.uint64),
+            no_chains(num_requests),
+        )
+
+    price = Price(step_s, TOKEN_RATE, num_requests)
+    merger.grow(asked(nodes_each, texts_BT), matrices, price)
+    next_step, without_nodes = asked(nodes_each, texts_BT[:, :2]), asked(0, texts_BT[:, :2])
+    yield "compiled: look up, grow, judge, choose", lambda: merger.grow(next_step, matrices, price)
+    yield "compiled: the same without nodes", lambda: merger.grow(without_nodes, matrices, price)
 
 
 def _median_us(run: Callable[[], object]) -> float:

@@ -196,12 +196,13 @@ def measure(size: Size, temperature: float, grid: Grid) -> Iterator[Cell | Learn
     for runner in runners[-len(BUDGETED) :]:
         drafter = runner.engine.drafter
         assert isinstance(drafter, MergedDrafter)
-        assert drafter.step_cost is not None
+        economy = drafter.economy
+        assert economy is not None
         yield Learned(
             where=f"{size.name}, temperature {temperature:g}, {runner.system.name}",
             calibration_error=drafter.calibration_error(),
-            step_error_ratio=drafter.step_cost.mean_error_ratio,
-            mode_counts={mode.name.lower(): number for mode, number in drafter.modes.counts.items()},
+            step_error_ratio=economy.step_cost.mean_error_ratio,
+            mode_counts={mode.name.lower(): number for mode, number in economy.modes.counts.items()},
         )
     runners.clear()
     gc.unfreeze()

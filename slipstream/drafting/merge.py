@@ -1,10 +1,10 @@
 """One tree a request from several drafters, and the nodes that pay: what a replica drafts with.
 
-Every step: choose the mode (`modes`), draft chains with the draft model of each request's domain if the mode says so,
-grow one tree a request from chains, Token Recycling and look-ups, and take the nodes that are worth their time
-(`slipstream_kernels.merging`, one compiled call). After every pass: take over what the target said into the
-Token Recycling matrix, count which candidates would have been accepted (`survival`), and what the step cost
-(`step_cost`). So what is drafted, by whom and how much of it follows the traffic; output does not depend on it.
+Every step: choose the mode (`economy`, `modes`), draft chains with the draft model of each request's domain if the mode
+says so, grow one tree a request from chains, Token Recycling and look-ups, and take the nodes that are worth their time
+(`slipstream_kernels.merging`, one compiled call, which also counts what of the last trees came true: `survival`).
+After every pass: take over what the target said into the Token Recycling matrix, and what the step cost and gave
+(`economy`). So what is drafted, by whom and how much of it follows the traffic; output does not depend on it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ import numpy as np
 
 from slipstream.drafting.chain import ChainDrafter, no_chains
 from slipstream.drafting.drafter import DraftContext, Lesson, StepLoad
-from slipstream.drafting.modes import Mode, Modes
-from slipstream.drafting.overhead import Overhead
+from slipstream.drafting.economy import LARGEST_BAR, Economy
+from slipstream.drafting.modes import Mode
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.recycling_artifact import StoredMatrix
-from slipstream.drafting.step_cost import StepCost, distinct_experts
 from slipstream.drafting.survival import SurvivalModel
 from slipstream.drafting.tree import DraftTree, trees_of
 from slipstream.engine.sampling import draft_rows
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 from slipstream_kernels.adjacency import Adjacency
-from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Float64, Int32, Merger, Price
+from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Int32, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
 
 Source = Literal["chain", "recycling", "lookup", "pool"]
@@ -51,12 +50,6 @@ _STEPS_BETWEEN_COSTS = 8
 
 _STEPS_BETWEEN_LESSONS = 64
 """One in so many steps is learned from while speculation is off."""
-
-_LARGEST_BAR = 0.9
-"""Candidates that survive more often than this are always looked at."""
-
-_LARGEST_SURPRISE = 2.0
-"""A step counts as long as so many times what was expected of it, at most."""
 
 _DRAFT_TIME_SHARE = 0.1
 """What the newest drafting time counts for."""
@@ -90,14 +83,13 @@ class MergedDrafter:
         vocab_size: int,
         num_slots: int,
         max_nodes: int,
-        step_cost: StepCost | None,
+        economy: Economy | None,
     ) -> None:
-        """`step_cost` is needed unless the number of nodes is fixed. The compiled kernels must be available."""
-        if step_cost is None and not options.fixed_nodes:
-            raise ValueError("no step_cost; the budget needs one unless fixed_nodes says how many nodes to draft")
+        """`economy` is needed unless the number of nodes is fixed. The compiled kernels must be available."""
+        if (economy is None) != bool(options.fixed_nodes):
+            raise ValueError("either fixed_nodes or an economy says how many nodes to draft; give one of them")
         self.options = options
-        self.step_cost = step_cost
-        self.modes = Modes()
+        self.economy = economy
         self.greedy, self.sampled = _survival_model(), _survival_model()
         self._vocab_size = vocab_size
         self._chains: dict[str, ChainDrafter] = {}
@@ -114,10 +106,8 @@ class MergedDrafter:
         )
         self._num_known = [0] * num_slots
         self._mode = Mode.OFF
-        self._load = StepLoad(0, 0, 0.0)
+        self._num_choosing = 0
         self._token_s: dict[int, float] = {}
-        self._overhead = Overhead()
-        self._expected_pass_s = self._plain_s = 1.0
         self._was_level = True
         self._is_listening = True
         self._num_steps = 0
@@ -159,7 +149,8 @@ class MergedDrafter:
             self._chains[domain] = chain
         for model in (self.greedy, self.sampled):
             model.forget("chain")
-        self.modes.forget(Mode.CHAIN)
+        if self.economy is not None:
+            self.economy.modes.forget(Mode.CHAIN)
 
     def install_matrix(self, matrix: StoredMatrix, *, version: int) -> None:
         """Begin anew with this matrix."""
@@ -172,63 +163,45 @@ class MergedDrafter:
 
         `can_draft` False: no request may have a draft in it.
         """
-        self._load = load
-        self._mode = self._chosen_mode(load) if can_draft else Mode.OFF
+        self._num_choosing = load.num_choosing
+        has_chain = can_draft and "chain" in self.options.sources and bool(self._chains)
+        has_floor = can_draft and self.options.sources != ("chain",)
+        if self.economy is not None:
+            self._mode = self.economy.choose(load, has_floor=has_floor, has_chain=has_chain)
+        else:
+            self._mode = Mode.CHAIN if has_chain else Mode.FLOOR if has_floor else Mode.OFF
         self._was_level = True
         return self._mode is not Mode.OFF
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
         """One tree per context, in order; NO_DRAFT where nothing is worth its cost."""
-        load, mode = self._load, self._mode
-        price = self._price(contexts, load)
-        chains, versions = self._draft_chains(contexts, price, is_wanted=mode is Mode.CHAIN)
+        price = self._price(contexts)
+        chains, versions = self._draft_chains(contexts, price, is_wanted=self._mode is Mode.CHAIN)
         matrices, limits_B4 = self._limits(contexts)
         merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
         self._take_in(merged.num_judged)
-        trees = trees_of(merged.token_ids_X, merged.parents_X, merged.ends_B, drafter="merged", versions=versions)
-        self._expect(price.step_s, num_nodes=len(merged.token_ids_X))
-        return trees
+        if self.economy is not None:
+            self.economy.expect(price.step_s, num_nodes=len(merged.token_ids_X))
+        return trees_of(merged.token_ids_X, merged.parents_X, merged.ends_B, drafter="merged", versions=versions)
 
     def finished(self, *, step_s: float, pass_s: float, num_tokens: int) -> None:
-        """The step took so many seconds, its pass among them, and gave so many tokens.
-
-        What it took beside its pass is all that drafting costs, wherever it is spent.
-        """
-        load, mode = self._load, self._mode
-        if self.step_cost is None or not self._was_level or load.num_rows != load.num_choosing:
-            return
-        self._overhead.observe(mode, load.num_choosing, step_s - pass_s)
-        if mode is Mode.OFF and not self._is_listening:
-            return
-        if mode is Mode.OFF:
-            line_s, _ = self.step_cost.over_nodes(
-                num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens
-            )
-            self._expect(line_s, num_nodes=0)
-        self.step_cost.keep_pace(pass_s / self._expected_pass_s)
-        beside_s = self._overhead.expected_s(mode, load.num_choosing)
-        # A step that the machine interrupted says little.
-        seconds = min(step_s, _LARGEST_SURPRISE * (self._expected_pass_s + beside_s))
-        plain_steps = seconds / self._plain_s
-        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
+        """The step took so many seconds, its pass among them, and gave so many tokens."""
+        if self.economy is not None and self._was_level:
+            self.economy.settle(step_s=step_s, pass_s=pass_s, num_tokens=num_tokens, is_counted=self._is_listening)
 
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
         self._num_steps += 1
         is_nth = self._num_steps % _STEPS_BETWEEN_LESSONS == 0
-        self._is_listening = self._mode is not Mode.OFF or self.modes.is_trying or is_nth
+        is_trying = self.economy is not None and self.economy.modes.is_trying
+        self._is_listening = self._mode is not Mode.OFF or is_trying or is_nth
         return self._is_listening
 
     def learn(self, lesson: Lesson) -> None:
-        """Take over what the target said, judge what was proposed, and correct what steps cost."""
+        """Take over what the target said, and correct what passes cost."""
         is_nth = self._num_steps % _STEPS_BETWEEN_COSTS == 0 or self._mode is Mode.OFF
-        if is_nth and self.step_cost is not None and self._load.num_rows == self._load.num_choosing:
-            self.step_cost.observe(
-                num_rows=lesson.num_rows,
-                context_tokens=self._load.context_tokens,
-                seconds=lesson.seconds,
-                num_experts=distinct_experts(lesson.expert_ids_TLK),
-            )
+        if is_nth and self.economy is not None:
+            self.economy.observe(lesson)
         if "recycling" in self.options.sources:
             self._recycle(lesson)
         for request in lesson.requests if "pool" in self.options.sources else ():
@@ -247,35 +220,11 @@ class MergedDrafter:
         for chain in self._chains.values():
             chain.release(slot)
 
-    def _chosen_mode(self, load: StepLoad) -> Mode:
-        has_chain = "chain" in self.options.sources and bool(self._chains)
-        if self.options.fixed_nodes:
-            return Mode.CHAIN if has_chain else Mode.FLOOR
-        has_floor = self.options.sources != ("chain",)
-        return self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
-
-    def _price(self, contexts: Sequence[DraftContext], load: StepLoad) -> Price:
+    def _price(self, contexts: Sequence[DraftContext]) -> Price:
         max_nodes = sum(self._max_nodes(one) for one in contexts)
-        if self.step_cost is None or self.options.fixed_nodes:
-            return Price(np.ones(max_nodes + 1), 0.0, load.num_choosing)
-        step_s, least_share = self.step_cost.over_nodes(
-            num_rows=load.num_rows, max_nodes=max_nodes, context_tokens=load.context_tokens
-        )
-        plain_s = self._plain_step_s(step_s)
-        gain = max(self.modes.gain(self._mode, num_requests=load.num_choosing), 1.0)
-        token_rate = gain * load.num_choosing / plain_s
-        # Nodes that survive less often than this never pay, whatever their number.
-        min_survival = min(token_rate * least_share * float(step_s[0]), _LARGEST_BAR)
-        return Price(step_s, token_rate, load.num_choosing, min_survival)
-
-    def _plain_step_s(self, step_s: Float64) -> float:
-        """What a step like this one takes without drafting."""
-        return float(step_s[0]) + self._overhead.expected_s(Mode.OFF, self._load.num_choosing)
-
-    def _expect(self, step_s: Float64, *, num_nodes: int) -> None:
-        """The step's pass has so many nodes, where those with n take `step_s[n]` seconds."""
-        self._expected_pass_s = float(step_s[num_nodes])
-        self._plain_s = self._plain_step_s(step_s)
+        if self.economy is None:
+            return Price(np.ones(max_nodes + 1), 0.0, self._num_choosing)
+        return self.economy.price(max_nodes)
 
     def _draft_chains(
         self, contexts: Sequence[DraftContext], price: Price, *, is_wanted: bool
@@ -317,7 +266,7 @@ class MergedDrafter:
         """How likely a chain must be accepted so far for its next token to be worth drafting and verifying."""
         # What a token takes is shared by all that draft one at the same time.
         token_s = self._token_s.get(num_drafting.bit_length(), 0.0) / num_drafting
-        return min(price.min_survival + price.token_rate * token_s, _LARGEST_BAR)
+        return min(price.min_survival + price.token_rate * token_s, LARGEST_BAR)
 
     def _limits(self, contexts: Sequence[DraftContext]) -> tuple[list[Adjacency], Int32]:
         """The matrices, and a line per context: which of them, its last token, and how large its tree may be."""

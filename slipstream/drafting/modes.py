@@ -23,20 +23,24 @@ SHORTEST_INTERVAL = 48
 _LONGEST_INTERVAL = 1024
 """Steps between two trials of a mode, at most: what is known grows old."""
 
-FIRST_STEPS = 48
-"""Steps of a mode before it is compared."""
+_FIRST_STEPS = 64
+"""Steps of a mode with one request before it is compared; fewer with more requests, which tell more at once."""
 
-TRIAL_STEPS = 8
-"""Steps of a trial that finds nothing."""
+_LEAST_FIRST_STEPS = 8
 
-LONGEST_TRIAL_STEPS = 32
-"""Steps of a trial that does better than the best mode."""
+_TRIAL_STEPS = 8
+"""Steps of a trial with one request; fewer with more."""
+
+_LEAST_TRIAL_STEPS = 2
+
+_LONGEST_TRIAL_RATIO = 4
+"""A trial that does better than the best mode goes on, up to so many times as long."""
 
 _CATCH_UP_STEPS = 8
 """A draft model may have to catch up with texts first: so many steps of a trial may tell nothing."""
 
 _FIRST_PATIENCE = 2
-"""A mode that told nothing in so many times FIRST_STEPS is compared all the same."""
+"""A mode that told too little in so many times its first steps is compared all the same."""
 
 _LEAST_GAIN = 1.02
 """What drafting must gain: less than that does not pay for being wrong."""
@@ -44,8 +48,8 @@ _LEAST_GAIN = 1.02
 _KEPT = 0.99
 """What older steps still count for with every new one: the last hundred count."""
 
-_STALE_STEPS = 16.0
-"""Before a trial, all that is known of its mode counts as much as so many steps."""
+_STALE_RATIO = 2.0
+"""Before a trial, all that is known of its mode counts as much as the steps of so many trials."""
 
 _PLAIN_STEPS_AT_FIRST = 20.0
 """So many plain steps took as long as plain steps, before one was seen."""
@@ -77,9 +81,9 @@ class _Evidence:
         self._weight += 1.0
         self.num_steps += 1
 
-    def let_fade(self) -> None:
-        if self._weight > _STALE_STEPS:
-            self._scale(_STALE_STEPS / self._weight)
+    def let_fade(self, weight: float) -> None:
+        if self._weight > weight:
+            self._scale(weight / self._weight)
 
     def _scale(self, share: float) -> None:
         self.tokens *= share
@@ -159,7 +163,7 @@ class Modes:
         gains[Mode.OFF] *= _LEAST_GAIN
         best = max(gains, key=gains.__getitem__)
         if self._trial is not None:
-            if self._trial in gains and self._goes_on(self._trial, best_gain=gains[best]):
+            if self._trial in gains and self._goes_on(size, self._trial, best_gain=gains[best]):
                 return self._trial
             self._end_trial(size, gains, best)
         elif self._num_steps[size] >= self._next_trial.setdefault(size, self._num_steps[size] + SHORTEST_INTERVAL):
@@ -169,10 +173,10 @@ class Modes:
 
     def _is_known(self, size: int, mode: Mode) -> bool:
         """Whether a mode has had its first steps at this size, or at one next to it."""
-        if self._num_taken[size, mode] >= _FIRST_PATIENCE * FIRST_STEPS:
+        if self._num_taken[size, mode] >= _FIRST_PATIENCE * first_steps(size):
             return True
-        found = (self._evidence.get((near, mode)) for near in _near(size))
-        return any(one is not None and one.num_steps >= FIRST_STEPS for one in found)
+        found = ((near, self._evidence.get((near, mode))) for near in _near(size))
+        return any(one is not None and one.num_steps >= first_steps(near) for near, one in found)
 
     def _gain_at(self, size: int, mode: Mode) -> float:
         """What is known of a mode at this size, or at one next to it; 1 if nothing is."""
@@ -182,7 +186,7 @@ class Modes:
     def _begin_trial(self, size: int, mode: Mode) -> None:
         self._trial, self._trial_evidence, self._trial_steps = mode, _Evidence(), 0
         if (size, mode) in self._evidence:
-            self._evidence[size, mode].let_fade()
+            self._evidence[size, mode].let_fade(_STALE_RATIO * trial_steps(size))
 
     def _end_trial(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
         """Fix when its mode is tried again, and when the next one is."""
@@ -194,15 +198,25 @@ class Modes:
         others = (self._next_trials.get((size, one), now) for one in gains if one is not best)
         self._next_trial[size] = max(min(others), now + SHORTEST_INTERVAL)
 
-    def _goes_on(self, trial: Mode, *, best_gain: float) -> bool:
+    def _goes_on(self, size: int, trial: Mode, *, best_gain: float) -> bool:
         """Whether a trial has another step."""
         self._trial_steps += 1
         if trial is Mode.OFF:
             return self._trial_steps <= 1
         tried = self._trial_evidence
-        if tried.num_steps < TRIAL_STEPS:
-            return self._trial_steps <= TRIAL_STEPS + _CATCH_UP_STEPS
-        return tried.gain > best_gain and self._trial_steps <= LONGEST_TRIAL_STEPS
+        if tried.num_steps < trial_steps(size):
+            return self._trial_steps <= trial_steps(size) + _CATCH_UP_STEPS
+        return tried.gain > best_gain and self._trial_steps <= _LONGEST_TRIAL_RATIO * trial_steps(size)
+
+
+def first_steps(size: int) -> int:
+    """Steps of a mode before it is compared, for batches whose size has so many bits."""
+    return max(_FIRST_STEPS >> (size - 1), _LEAST_FIRST_STEPS)
+
+
+def trial_steps(size: int) -> int:
+    """Steps of a trial that finds nothing, for batches whose size has so many bits."""
+    return max(_TRIAL_STEPS >> (size - 1), _LEAST_TRIAL_STEPS)
 
 
 def _near(size: int) -> tuple[int, int, int]:

@@ -90,10 +90,12 @@ class DraftingCounts:
 
     def hand_over(self, drafter: MergedDrafter) -> None:
         """Give the metrics what came since the last call."""
-        for mode, number in drafter.modes.counts.items():
+        self._metrics.calibration_error.set(drafter.calibration_error())
+        economy = drafter.economy
+        if economy is None:
+            return
+        self._metrics.step_time_error.set(economy.step_cost.mean_error_ratio)
+        for mode, number in economy.modes.counts.items():
             steps = self._metrics.steps.labels(mode.name.lower())
             steps.inc(number - self._handed_over.get(mode, 0))
             self._handed_over[mode] = number
-        self._metrics.calibration_error.set(drafter.calibration_error())
-        if drafter.step_cost is not None:
-            self._metrics.step_time_error.set(drafter.step_cost.mean_error_ratio)

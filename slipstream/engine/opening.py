@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slipstream.drafting.chain import ChainDrafter
+from slipstream.drafting.economy import Economy
 from slipstream.drafting.merge import DraftingOptions, MergedDrafter
 from slipstream.engine.decoders import OpenDecoder
 from slipstream.engine.plan import BLOCK_TOKENS, PagedDecoder
@@ -58,5 +59,5 @@ def open_merged(options: DraftingOptions, target: PagedDecoder, limits: EngineLi
         vocab_size=target.config.vocab_size,
         num_slots=limits.max_running_requests,
         max_nodes=limits.num_draft_tokens,
-        step_cost=None if options.fixed_nodes else open_step_cost(target, limits),
+        economy=None if options.fixed_nodes else Economy(open_step_cost(target, limits)),
     )

@@ -14,8 +14,8 @@ from slipstream.engine.scheduler import EngineLimits
 
 _log = logging.getLogger(__name__)
 
-_ROWS = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 65, 129)
-"""Numbers of rows that are measured; between them lie straight lines."""
+_ROWS = (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 17, 25, 33, 65, 129)
+"""Numbers of rows that are measured; between them lie straight lines. Tiles of products hold up to 6 rows."""
 
 _CONTEXTS = (32, 512)
 _REPEATS = 3

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from slipstream.drafting.chain import ChainDrafter
 from slipstream.drafting.drafter import DraftContext
+from slipstream.drafting.economy import Economy
 from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, MergedDrafter, Source
 from slipstream.drafting.modes import Mode
 from slipstream.drafting.recycling_artifact import load_matrix
@@ -41,6 +42,11 @@ def merged_of(engine: Engine) -> MergedDrafter:
     drafter = engine.drafter
     assert isinstance(drafter, MergedDrafter)
     return drafter
+
+
+def economy_of(drafter: MergedDrafter) -> Economy:
+    assert drafter.economy is not None
+    return drafter.economy
 
 
 @pytest.mark.parametrize("running", [1, 12])
@@ -170,7 +176,7 @@ class FixedCost:
 
 def let_steps_cost(drafter: MergedDrafter, per_node: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are said to take 1 s and `per_node` s for every node, and to have taken that."""
-    drafter.step_cost = FixedCost(per_node)  # type: ignore[assignment]
+    economy_of(drafter).step_cost = FixedCost(per_node)  # type: ignore[assignment]
     propose, finished, num_nodes = drafter.propose, drafter.finished, 0
 
     def counting(contexts: Sequence[DraftContext]) -> list[DraftTree]:
@@ -202,11 +208,11 @@ def test_speculation_is_off_where_nodes_cost_more_than_they_bring(
     drafter = merged_of(engine)
     let_steps_cost(drafter, per_node, monkeypatch)
     engine.install_draft(sibling, version=1)
-    for index, prompt in enumerate(prompts[:6]):
+    for index, prompt in enumerate(prompts[:16]):
         engine.submit(request_for(index, prompt, Served(max_tokens=64)), lambda _: None)
     while engine.step():
         pass
-    counts = drafter.modes.counts
+    counts = economy_of(drafter).modes.counts
     assert (counts[Mode.OFF] > 0.5 * counts.total()) == is_off
     assert (counts[Mode.CHAIN] > 0.5 * counts.total()) == (not is_off)
 
@@ -228,8 +234,8 @@ def test_what_a_tenant_wrote_is_found_by_that_tenant_alone(target: Checkpoint, p
 
 
 def test_a_budget_needs_to_know_what_steps_cost() -> None:
-    with pytest.raises(ValueError, match="the budget needs one"):
-        MergedDrafter(DraftingOptions(), vocab_size=8, num_slots=1, max_nodes=4, step_cost=None)
+    with pytest.raises(ValueError, match="either fixed_nodes or an economy"):
+        MergedDrafter(DraftingOptions(), vocab_size=8, num_slots=1, max_nodes=4, economy=None)
 
 
 def _engine(target: Checkpoint, options: DraftingOptions | None, **sizes: int) -> Engine:

@@ -6,15 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from slipstream.drafting.modes import (
-    FIRST_STEPS,
-    LONGEST_TRIAL_STEPS,
-    SHORTEST_INTERVAL,
-    TRIAL_COST_RATIO,
-    TRIAL_STEPS,
-    Mode,
-    Modes,
-)
+from slipstream.drafting.modes import SHORTEST_INTERVAL, TRIAL_COST_RATIO, Mode, Modes, first_steps, trial_steps
 
 GOOD, BAD = 1.5, 0.7
 
@@ -37,8 +29,8 @@ def taken(modes: Modes, gains: Mapping[Mode, float], *, num_steps: int, num_requ
 
 def test_every_mode_is_tried_before_the_best_one_is_kept() -> None:
     chosen = taken(Modes(), {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=350)
-    assert chosen[: 2 * FIRST_STEPS] == [Mode.FLOOR] * FIRST_STEPS + [Mode.CHAIN] * FIRST_STEPS
-    assert chosen[2 * FIRST_STEPS :].count(Mode.CHAIN) > 230
+    assert chosen[: 2 * first_steps(1)] == [Mode.FLOOR] * first_steps(1) + [Mode.CHAIN] * first_steps(1)
+    assert chosen[2 * first_steps(1) :].count(Mode.CHAIN) > 200
 
 
 def test_plain_steps_are_seen_now_and_then_while_speculation_is_on() -> None:
@@ -57,7 +49,7 @@ def test_speculation_is_off_where_nothing_gains_and_trials_cost_a_small_share() 
 
 def test_two_modes_that_are_nearly_as_good_are_compared_again_and_again() -> None:
     chosen = taken(Modes(), {Mode.FLOOR: 1.40, Mode.CHAIN: 1.41}, num_steps=2_000)
-    assert min(chosen[2 * FIRST_STEPS :].count(mode) for mode in (Mode.FLOOR, Mode.CHAIN)) > 100
+    assert min(chosen[2 * first_steps(1) :].count(mode) for mode in (Mode.FLOOR, Mode.CHAIN)) > 100
 
 
 def test_a_mode_that_comes_to_gain_is_found_again() -> None:
@@ -83,16 +75,21 @@ def test_a_mode_that_stops_to_gain_is_left() -> None:
 
 def test_a_trial_that_does_better_goes_on_until_it_has_convinced() -> None:
     modes = Modes()
-    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: 1.2}, num_steps=60)
+    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: 1.2}, num_steps=2 * first_steps(1))
     chosen = taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.2}, num_steps=1_000)
     first = chosen.index(Mode.FLOOR)
-    assert chosen[first : first + TRIAL_STEPS + 1] == [Mode.FLOOR] * (TRIAL_STEPS + 1)
-    assert chosen[first : first + LONGEST_TRIAL_STEPS].count(Mode.FLOOR) > TRIAL_STEPS
+    assert chosen[first : first + trial_steps(1) + 1] == [Mode.FLOOR] * (trial_steps(1) + 1)
+    assert chosen[first : first + 4 * trial_steps(1)].count(Mode.FLOOR) > trial_steps(1)
     assert chosen[-1] is Mode.FLOOR
 
 
+def test_large_batches_tell_more_in_a_step_and_get_fewer() -> None:
+    chosen = taken(Modes(), {Mode.FLOOR: BAD, Mode.CHAIN: BAD}, num_steps=40, num_requests=16)
+    assert chosen.count(Mode.FLOOR) == chosen.count(Mode.CHAIN) == first_steps(5)
+
+
 def test_speculation_that_gains_next_to_nothing_is_off() -> None:
-    assert taken(Modes(), {Mode.FLOOR: 1.01}, num_steps=FIRST_STEPS + 1)[-1] is Mode.OFF
+    assert taken(Modes(), {Mode.FLOOR: 1.01}, num_steps=first_steps(1) + 1)[-1] is Mode.OFF
 
 
 def test_the_gain_of_a_mode_is_of_sums_not_of_steps() -> None:
@@ -105,23 +102,23 @@ def test_the_gain_of_a_mode_is_of_sums_not_of_steps() -> None:
 
 def test_small_and_large_batches_are_told_apart() -> None:
     modes = Modes()
-    taken(modes, {Mode.FLOOR: GOOD}, num_steps=2 * FIRST_STEPS, num_requests=1)
-    taken(modes, {Mode.FLOOR: BAD}, num_steps=2 * FIRST_STEPS, num_requests=16)
+    taken(modes, {Mode.FLOOR: GOOD}, num_steps=2 * first_steps(1), num_requests=1)
+    taken(modes, {Mode.FLOOR: BAD}, num_steps=2 * first_steps(1), num_requests=16)
     assert modes.choose(1, has_floor=True, has_chain=False) is Mode.FLOOR
     assert modes.choose(16, has_floor=True, has_chain=False) is Mode.OFF
 
 
 def test_a_batch_of_a_size_not_seen_yet_begins_with_what_the_next_one_knows() -> None:
     modes = Modes()
-    taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=2 * FIRST_STEPS, num_requests=4)
+    taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=2 * first_steps(1), num_requests=4)
     assert modes.choose(2, has_floor=True, has_chain=True) is Mode.FLOOR
-    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=2 * FIRST_STEPS, num_requests=64)
+    taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: GOOD}, num_steps=2 * first_steps(1), num_requests=64)
     assert modes.choose(32, has_floor=True, has_chain=True) is Mode.CHAIN, "not by what small batches know"
 
 
 def test_a_replaced_draft_is_tried_at_once() -> None:
     modes = Modes()
-    taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=2 * FIRST_STEPS)
+    taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=2 * first_steps(1))
     modes.forget(Mode.CHAIN)
     assert taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: GOOD}, num_steps=1) == [Mode.CHAIN]
 

@@ -1,0 +1,97 @@
+"""What steps cost and what they give: the price of nodes, and the mode that pays.
+
+    plain step     what a step without drafts takes: its pass, and what goes on beside it
+    token rate     tokens a second that steps of a mode give in the long run; what a second is worth
+    price of n nodes   the seconds that they add to the pass, at the token rate
+
+Costs of passes are predicted by `step_cost`, what goes on beside them by `overhead`. What steps really gave in the time
+they really took is what `modes` chooses by.
+"""
+
+from __future__ import annotations
+
+from slipstream.drafting.drafter import Lesson, StepLoad
+from slipstream.drafting.modes import Mode, Modes
+from slipstream.drafting.overhead import Overhead
+from slipstream.drafting.step_cost import StepCost, distinct_experts
+from slipstream_kernels.merging import Float64, Price
+
+LARGEST_BAR = 0.9
+"""Candidates that survive more often than this are always looked at, whatever they cost."""
+
+_LARGEST_SURPRISE = 2.0
+"""A step counts as long as so many times what was expected of it, at most: the machine may have interrupted it."""
+
+
+class Economy:
+    """Decides for one step at a time: `choose`, `price` and `expect` before its pass, `observe` and `settle` after."""
+
+    def __init__(self, step_cost: StepCost) -> None:
+        self.step_cost = step_cost
+        self.modes = Modes()
+        self._overhead = Overhead()
+        self._load = StepLoad(0, 0, 0.0)
+        self._mode = Mode.OFF
+        self._expected_pass_s = self._plain_s = 1.0
+
+    def choose(self, load: StepLoad, *, has_floor: bool, has_chain: bool) -> Mode:
+        """The mode of the coming step."""
+        self._load = load
+        self._mode = Mode.OFF
+        if has_floor or has_chain:
+            self._mode = self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
+        return self._mode
+
+    def price(self, max_nodes: int) -> Price:
+        """What up to so many nodes cost the coming step."""
+        load = self._load
+        step_s, least_share = self.step_cost.over_nodes(
+            num_rows=load.num_rows, max_nodes=max_nodes, context_tokens=load.context_tokens
+        )
+        gain = max(self.modes.gain(self._mode, num_requests=load.num_choosing), 1.0)
+        token_rate = gain * load.num_choosing / self._plain_step_s(step_s)
+        # Nodes that survive less often than this never pay, whatever their number.
+        min_survival = min(token_rate * least_share * float(step_s[0]), LARGEST_BAR)
+        return Price(step_s, token_rate, load.num_choosing, min_survival)
+
+    def expect(self, step_s: Float64, *, num_nodes: int) -> None:
+        """The coming step has so many nodes, where one with n takes `step_s[n]` seconds for its pass."""
+        self._expected_pass_s = float(step_s[num_nodes])
+        self._plain_s = self._plain_step_s(step_s)
+
+    def observe(self, lesson: Lesson) -> None:
+        """Correct the prediction of what passes cost by this one."""
+        load = self._load
+        if load.num_rows == load.num_choosing:
+            self.step_cost.observe(
+                num_rows=lesson.num_rows,
+                context_tokens=load.context_tokens,
+                seconds=lesson.seconds,
+                num_experts=distinct_experts(lesson.expert_ids_TLK),
+            )
+
+    def settle(self, *, step_s: float, pass_s: float, num_tokens: int, is_counted: bool) -> None:
+        """The step took so many seconds, its pass among them, and gave so many tokens.
+
+        What it took beside its pass is all that drafting costs, wherever it is spent. Steps that read prompts are left
+        out; a plain step is told to `modes` only if it `is_counted`, since predicting it for that costs time.
+        """
+        load, mode = self._load, self._mode
+        if load.num_rows != load.num_choosing:
+            return
+        self._overhead.observe(mode, load.num_choosing, step_s - pass_s)
+        if mode is Mode.OFF:
+            if not is_counted:
+                return
+            line_s, _ = self.step_cost.over_nodes(
+                num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens
+            )
+            self.expect(line_s, num_nodes=0)
+        self.step_cost.keep_pace(pass_s / self._expected_pass_s)
+        expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
+        plain_steps = min(step_s, _LARGEST_SURPRISE * expected_s) / self._plain_s
+        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
+
+    def _plain_step_s(self, step_s: Float64) -> float:
+        """What a step like this one takes without drafting."""
+        return float(step_s[0]) + self._overhead.expected_s(Mode.OFF, self._load.num_choosing)

@@ -1,0 +1,87 @@
+"""The price of nodes, and what steps are told to the choice of modes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slipstream.drafting.drafter import StepLoad
+from slipstream.drafting.economy import LARGEST_BAR, Economy
+from slipstream.drafting.modes import Mode, first_steps
+from slipstream.drafting.step_cost import MeasuredSteps, StepCost
+
+ROWS, CONTEXTS = (1, 2, 4, 8), (16,)
+SECONDS = (1.0, 1.2, 1.6, 2.4)
+BESIDE_S = 0.25
+
+
+def economy() -> Economy:
+    """Of a dense target: a step takes 1 s, and 0.2 s more for every row behind the first."""
+    seconds, none = np.array([SECONDS]).T, np.zeros((len(ROWS), 1))
+    return Economy(StepCost(MeasuredSteps(ROWS, CONTEXTS, seconds, seconds, none, none)))
+
+
+def load(num_requests: int = 1, *, num_rows: int | None = None) -> StepLoad:
+    return StepLoad(num_rows or num_requests, num_requests, 16.0)
+
+
+def take(one: Economy, mode: Mode, *, num_steps: int, num_tokens: int, num_nodes: int = 0) -> None:
+    """Steps in a mode that go as predicted."""
+    for _ in range(num_steps):
+        one.modes.choose = lambda *_, **__: mode  # type: ignore[method-assign]
+        one.choose(load(), has_floor=True, has_chain=True)
+        pass_s = 1.0 + 0.2 * num_nodes
+        if mode is not Mode.OFF:
+            one.expect(one.price(7).step_s, num_nodes=num_nodes)
+        one.settle(step_s=pass_s + BESIDE_S, pass_s=pass_s, num_tokens=num_tokens, is_counted=True)
+
+
+def test_time_is_worth_the_tokens_a_second_of_plain_steps_at_least() -> None:
+    one = economy()
+    take(one, Mode.OFF, num_steps=30, num_tokens=1)
+    one.choose(load(), has_floor=True, has_chain=False)
+    price = one.price(7)
+    assert price.token_rate == pytest.approx(1 / (1.0 + BESIDE_S))
+    assert price.step_s == pytest.approx(1.0 + 0.2 * np.arange(8))
+    assert price.min_survival == pytest.approx(0.2 * price.token_rate)
+
+
+def test_time_is_worth_more_in_a_mode_that_gives_more() -> None:
+    one = economy()
+    take(one, Mode.OFF, num_steps=30, num_tokens=1)
+    take(one, Mode.FLOOR, num_steps=200, num_tokens=3, num_nodes=4)
+    gain = 3 * (1.0 + BESIDE_S) / (1.8 + BESIDE_S)
+    assert one.modes.gain(Mode.FLOOR, num_requests=1) == pytest.approx(gain, rel=0.02)
+    assert one.price(7).token_rate == pytest.approx(gain / (1.0 + BESIDE_S), rel=0.02)
+
+
+def test_the_bar_has_an_end() -> None:
+    one = economy()
+    take(one, Mode.FLOOR, num_steps=100, num_tokens=40)
+    assert one.price(7).min_survival == LARGEST_BAR
+
+
+def test_a_step_that_the_machine_interrupted_counts_as_two() -> None:
+    one = economy()
+    take(one, Mode.FLOOR, num_steps=100, num_tokens=2)
+    before = one.modes.gain(Mode.FLOOR, num_requests=1)
+    one.expect(one.price(7).step_s, num_nodes=0)
+    one.settle(step_s=1_000.0, pass_s=999.0, num_tokens=2, is_counted=True)
+    assert one.modes.gain(Mode.FLOOR, num_requests=1) > 0.97 * before
+
+
+def test_steps_that_read_prompts_and_plain_ones_nobody_asked_for_tell_nothing() -> None:
+    one = economy()
+    one.choose(load(num_rows=100), has_floor=True, has_chain=False)
+    one.expect(one.price(7).step_s, num_nodes=0)
+    one.settle(step_s=9.0, pass_s=8.0, num_tokens=1, is_counted=True)
+    assert one.modes.gain(Mode.FLOOR, num_requests=1) == 1.0
+    one.choose(load(), has_floor=False, has_chain=False)
+    one.settle(step_s=9.0, pass_s=8.0, num_tokens=1, is_counted=False)
+    assert one.modes.gain(Mode.OFF, num_requests=1) == 1.0
+
+
+def test_without_a_drafter_it_is_off_and_nothing_is_tried() -> None:
+    one = economy()
+    assert {one.choose(load(), has_floor=False, has_chain=False) for _ in range(2 * first_steps(1))} == {Mode.OFF}
+    assert one.choose(load(), has_floor=True, has_chain=False) is Mode.FLOOR
