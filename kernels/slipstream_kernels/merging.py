@@ -182,6 +182,7 @@ class Merger:
         self._handle = self._function("merger_new", _ADDRESS)(_INT(num_slots), ctypes.c_int64(pool_tokens))
         weakref.finalize(self, self._function("merger_free"), _ADDRESS(self._handle))
         self._grow = self._function("merger_grow", _INT)
+        self._end = self._function("merger_end", ctypes.c_int64)
         self._release = self._function("merger_release")
         self._keep = self._function("merger_keep")
         self._vocab_size = vocab_size
@@ -239,6 +240,16 @@ class Merger:
         _, expected_tokens, num_judged = self._figures.tolist()
         return Merged(
             self._tokens[:end], self._parents[:end], self._ends[:num_requests], expected_tokens, int(num_judged)
+        )
+
+    def end(self, slot: int, token_ids: Sequence[int]) -> int:
+        """The request in this slot ended with these tokens; returns how many candidates that judged.
+
+        What comes last is what looks like going on and does not: without it estimates would be too high.
+        """
+        ids = np.array(token_ids, np.int32)
+        return self._end(  # type: ignore[no-any-return]
+            _ADDRESS(self._handle), ctypes.byref(self._plan), _INT(slot), _ADDRESS(ids.ctypes.data), _INT(len(ids))
         )
 
     def release(self, slot: int) -> None:

@@ -46,15 +46,15 @@ class StepLoad(msgspec.Struct, frozen=True):
 
 
 class LearnedRequest(msgspec.Struct, frozen=True):
-    """A request that went on with `kept_ids` in a pass, over `num_rows` of the lesson's rows.
+    """A request that got tokens in a pass, over `num_rows` of the lesson's rows.
 
-    `output_ids` is its whole output if it ended there.
+    It has `num_tokens` tokens now; `output_ids` is its whole output if it ended there.
     """
 
     slot: int
     tenant: str
     num_rows: int
-    kept_ids: Sequence[int]
+    num_tokens: int
     output_ids: Sequence[int] | None = None
 
 

@@ -10,6 +10,8 @@ they really took is what `modes` chooses by.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from slipstream.drafting.drafter import Lesson, StepLoad
 from slipstream.drafting.modes import Mode, Modes
 from slipstream.drafting.overhead import Overhead
@@ -21,6 +23,15 @@ LARGEST_BAR = 0.9
 
 _LARGEST_SURPRISE = 2.0
 """A step counts as long as so many times what was expected of it, at most: the machine may have interrupted it."""
+
+
+class Took(NamedTuple):
+    """Seconds of a step, its pass among them, and the tokens it gave; `is_usual`: no draft model had to catch up."""
+
+    step_s: float
+    pass_s: float
+    num_tokens: int
+    is_usual: bool
 
 
 class Economy:
@@ -70,8 +81,8 @@ class Economy:
                 num_experts=distinct_experts(lesson.expert_ids_TLK),
             )
 
-    def settle(self, *, step_s: float, pass_s: float, num_tokens: int, is_counted: bool) -> None:
-        """The step took so many seconds, its pass among them, and gave so many tokens.
+    def settle(self, took: Took, *, is_counted: bool) -> None:
+        """What became of the step.
 
         What it took beside its pass is all that drafting costs, wherever it is spent. Steps that read prompts are left
         out; a plain step is told to `modes` only if it `is_counted`, since predicting it for that costs time.
@@ -79,18 +90,23 @@ class Economy:
         load, mode = self._load, self._mode
         if load.num_rows != load.num_choosing:
             return
-        self._overhead.observe(mode, load.num_choosing, step_s - pass_s)
         if mode is Mode.OFF:
+            self._overhead.observe(mode, load.num_choosing, took.step_s - took.pass_s)
             if not is_counted:
                 return
             line_s, _ = self.step_cost.over_nodes(
                 num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens
             )
             self.expect(line_s, num_nodes=0)
-        self.step_cost.keep_pace(pass_s / self._expected_pass_s)
+        self.step_cost.keep_pace(took.pass_s / self._expected_pass_s)
+        if not took.is_usual:
+            self.modes.note_extra(plain_steps=took.step_s / self._plain_s)
+            return
+        if mode is not Mode.OFF:
+            self._overhead.observe(mode, load.num_choosing, took.step_s - took.pass_s)
         expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
-        plain_steps = min(step_s, _LARGEST_SURPRISE * expected_s) / self._plain_s
-        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
+        plain_steps = min(took.step_s, _LARGEST_SURPRISE * expected_s) / self._plain_s
+        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=took.num_tokens, plain_steps=plain_steps)
 
     def _plain_step_s(self, step_s: Float64) -> float:
         """What a step like this one takes without drafting."""

@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 
 from slipstream.drafting.chain import ChainDrafter, no_chains
-from slipstream.drafting.drafter import DraftContext, Lesson, StepLoad
-from slipstream.drafting.economy import LARGEST_BAR, Economy
+from slipstream.drafting.drafter import DraftContext, LearnedRequest, Lesson, StepLoad
+from slipstream.drafting.economy import LARGEST_BAR, Economy, Took
 from slipstream.drafting.modes import Mode
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.recycling_artifact import StoredMatrix
@@ -45,7 +45,7 @@ CATCH_UP_WINDOW = 64
 _JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""
 
-_STEPS_BETWEEN_COSTS = 8
+_STEPS_BETWEEN_COSTS = 2
 """One in so many steps corrects the prediction of what steps cost."""
 
 _STEPS_BETWEEN_LESSONS = 64
@@ -186,8 +186,9 @@ class MergedDrafter:
 
     def finished(self, *, step_s: float, pass_s: float, num_tokens: int) -> None:
         """The step took so many seconds, its pass among them, and gave so many tokens."""
-        if self.economy is not None and self._was_level:
-            self.economy.settle(step_s=step_s, pass_s=pass_s, num_tokens=num_tokens, is_counted=self._is_listening)
+        if self.economy is not None:
+            took = Took(step_s, pass_s, num_tokens, is_usual=self._was_level)
+            self.economy.settle(took, is_counted=self._is_listening)
 
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
@@ -204,9 +205,9 @@ class MergedDrafter:
             self.economy.observe(lesson)
         if "recycling" in self.options.sources:
             self._recycle(lesson)
-        for request in lesson.requests if "pool" in self.options.sources else ():
+        for request in lesson.requests:
             if request.output_ids is not None:
-                self._merger.keep(_scope(request.tenant), request.output_ids)
+                self._ended(request, request.output_ids)
 
     def committed(self, slot: int, *, num_tokens: int) -> None:
         """Draft models drop what was proposed beyond these tokens."""
@@ -308,6 +309,12 @@ class MergedDrafter:
         for tenant in dict.fromkeys(one.tenant for one in lesson.requests):
             rows = np.flatnonzero(tenants_X == tenant)
             self._recycling.observe_logits(lesson.row_ids_X[rows], lesson.logits_XV[rows], tenant=tenant)
+
+    def _ended(self, request: LearnedRequest, output_ids: Sequence[int]) -> None:
+        num_new = request.num_tokens - self._num_known[request.slot]
+        self._take_in(self._merger.end(request.slot, output_ids[-num_new:] if num_new else ()))
+        if "pool" in self.options.sources:
+            self._merger.keep(_scope(request.tenant), output_ids)
 
     def _take_in(self, num_judged: int) -> None:
         """So many candidates were judged: make estimates anew once that is worth it."""

@@ -20,7 +20,7 @@ TRIAL_COST_RATIO = 0.005
 SHORTEST_INTERVAL = 48
 """Steps between two trials, at least."""
 
-_LONGEST_INTERVAL = 1024
+_LONGEST_INTERVAL = 4096
 """Steps between two trials of a mode, at most: what is known grows old."""
 
 _FIRST_STEPS = 64
@@ -105,6 +105,7 @@ class Modes:
         self._trial: Mode | None = None
         self._trial_evidence = _Evidence()
         self._trial_steps = 0
+        self._trial_extra_steps = 0.0
         # While speculation is off, asking costs nothing: nothing changes before the next trial or another load.
         self._off_for: tuple[int, bool, bool] | None = None
 
@@ -134,6 +135,10 @@ class Modes:
         self._evidence[key].note(num_tokens / num_requests, plain_steps)
         if mode is self._trial:
             self._trial_evidence.note(num_tokens / num_requests, plain_steps)
+
+    def note_extra(self, *, plain_steps: float) -> None:
+        """A step took so many plain steps as a draft model had to catch up: that tells nothing but what it cost."""
+        self._trial_extra_steps += plain_steps
 
     def gain(self, mode: Mode, *, num_requests: int) -> float:
         """The gain of a mode; 1 where nothing is known."""
@@ -184,7 +189,8 @@ class Modes:
         return next((one.gain for one in found if one is not None), 1.0)
 
     def _begin_trial(self, size: int, mode: Mode) -> None:
-        self._trial, self._trial_evidence, self._trial_steps = mode, _Evidence(), 0
+        self._trial, self._trial_evidence = mode, _Evidence()
+        self._trial_steps, self._trial_extra_steps = 0, 0.0
         if (size, mode) in self._evidence:
             self._evidence[size, mode].let_fade(_STALE_RATIO * trial_steps(size))
 
@@ -193,7 +199,8 @@ class Modes:
         now, mode, self._trial = self._num_steps[size], self._trial, None
         assert mode is not None
         loss = max(1 - gains.get(mode, 0.0) / gains[best], 0.0)
-        interval = min(max(loss * self._trial_steps / TRIAL_COST_RATIO, SHORTEST_INTERVAL), _LONGEST_INTERVAL)
+        lost_steps = loss * self._trial_steps + self._trial_extra_steps
+        interval = min(max(lost_steps / TRIAL_COST_RATIO, SHORTEST_INTERVAL), _LONGEST_INTERVAL)
         self._next_trials[size, mode] = now + int(interval)
         others = (self._next_trials.get((size, one), now) for one in gains if one is not best)
         self._next_trial[size] = max(min(others), now + SHORTEST_INTERVAL)

@@ -12,6 +12,8 @@ term.
 
 from __future__ import annotations
 
+import bisect
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -136,6 +138,11 @@ class ExpertUnion:
         awake: Float64 = -np.expm1(asleep * num_rows**self.exponent)
         return np.where(num_rows > 0, self._num_experts * awake, 0.0)
 
+    def expected_of(self, num_rows: int) -> float:
+        """`expected` of one number of rows."""
+        asleep = math.log1p(-min(self._experts_per_token / self._num_experts, 1 - 1e-12))
+        return -self._num_experts * math.expm1(asleep * num_rows**self.exponent) if num_rows > 0 else 0.0
+
     def observe(self, *, num_rows: int, num_experts: float) -> None:
         """A step over `num_rows` rows used `num_experts` distinct experts a layer, their mean over layers.
 
@@ -145,11 +152,11 @@ class ExpertUnion:
         largest = 1 - 0.5 / self._num_experts
         if num_rows < 2 or not 0 < share < largest or self._experts_per_token == self._num_experts:
             return
-        log_rows = np.log(num_rows)
-        effective = np.log1p(-share) / np.log1p(-self._experts_per_token / self._num_experts)
-        self._log_rows_squared = _FORGETTING * self._log_rows_squared + float(log_rows**2)
-        evidence = log_rows * np.log(max(effective, 1.0))
-        self._log_rows_log_effective = _FORGETTING * self._log_rows_log_effective + float(evidence)
+        log_rows = math.log(num_rows)
+        effective = math.log1p(-share) / math.log1p(-self._experts_per_token / self._num_experts)
+        self._log_rows_squared = _FORGETTING * self._log_rows_squared + log_rows**2
+        evidence = log_rows * math.log(max(effective, 1.0))
+        self._log_rows_log_effective = _FORGETTING * self._log_rows_log_effective + evidence
 
 
 class StepCost:
@@ -165,6 +172,7 @@ class StepCost:
         """`shape_buckets` are the row counts, ascending, that steps are padded to; larger steps are not padded."""
         self._rows = np.array(measured.rows, dtype=np.float64)
         self._contexts = np.array(measured.contexts, dtype=np.float64)
+        self._row_points, self._context_points = self._rows.tolist(), self._contexts.tolist()
         if len(self._rows) == 0 or len(self._contexts) == 0 or not _ascending(self._rows, self._contexts):
             raise ValueError(f"rows {measured.rows}, contexts {measured.contexts}: expected both ascending, not empty")
         self._experts = experts
@@ -230,18 +238,22 @@ class StepCost:
         self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None = None
     ) -> None:
         """A step took `seconds`, and used `num_experts` distinct experts a layer if that is known."""
-        rows = int(self._padded(np.array([num_rows]))[0])
-        predicted = float(self.predict_s(np.array([num_rows]), context_tokens=context_tokens)[0])
-        self._note_error(abs(predicted - seconds) / max(seconds, 1e-9))
-        expected, measured = predicted / self._pace, seconds / self._pace
+        rows = int(self._padded_rows[num_rows]) if num_rows < len(self._padded_rows) else num_rows
+        corners = _corners(self._row_points, rows), _corners(self._context_points, context_tokens)
+        usual_experts = self._experts.expected_of(rows) if self._experts else 0.0
+        expected = self._base_at(*corners) + self._expert_s * usual_experts
+        if rows > self._row_points[-1]:
+            expected = float(self.predict_s(np.array([rows]), context_tokens=context_tokens)[0]) / self._pace
+        measured = seconds / self._pace
+        self._note_error(abs(expected - measured) / max(measured, 1e-9))
         surprise = _LARGEST_SURPRISE_RATIO * expected
         error = min(max(measured - expected, -surprise), surprise)
         if self._experts and num_experts is not None:
-            more = num_experts - float(self._experts.expected(np.array([float(rows)]))[0])
+            more = num_experts - usual_experts
             self._learn_experts(self._experts, more, error)
             error -= more * self._expert_s
             self._experts.observe(num_rows=num_rows, num_experts=num_experts)
-        self._correct(rows, context_tokens, error)
+        self._correct(*corners, error)
 
     def keep_pace(self, ratio: float) -> None:
         """A step took so many times the seconds predicted for it. Cheap, so that every step can tell."""
@@ -260,12 +272,18 @@ class StepCost:
         self.num_steps += 1
         self.mean_error_ratio += max(1 - _FORGETTING, 1 / self.num_steps) * (error_ratio - self.mean_error_ratio)
 
-    def _correct(self, num_rows: int, context_tokens: float, error: float) -> None:
+    def _base_at(self, rows: _Corners, contexts: _Corners) -> float:
+        """The table between its points."""
+        table = self._base_s_GC
+        return float(sum(a * b * table[row, context] for row, a in rows for context, b in contexts))
+
+    def _correct(self, rows: _Corners, contexts: _Corners, error: float) -> None:
         """Move the points around a step such that the table takes over its share of the error."""
-        row_weights = _hat_weights(self._rows, num_rows)
-        weights_GC = np.outer(row_weights, _hat_weights(self._contexts, context_tokens))
-        self._base_s_GC += _LEARNING_RATIO * error * weights_GC / (weights_GC**2).sum()
-        np.maximum(self._base_s_GC, _SMALLEST_S, out=self._base_s_GC)
+        corners = [(row, context, a * b) for row, a in rows for context, b in contexts]
+        step = _LEARNING_RATIO * error / sum(weight * weight for _, _, weight in corners)
+        table = self._base_s_GC
+        for row, context, weight in corners:
+            table[row, context] = max(table[row, context] + step * weight, _SMALLEST_S)
 
     def _points_s(self, context_tokens: float) -> Float64:
         """Seconds at each measured number of rows, for this context."""
@@ -277,6 +295,21 @@ class StepCost:
     def _padded(self, num_rows: NDArray[np.int64]) -> NDArray[np.int64]:
         padded = self._padded_rows.take(num_rows, mode="clip")
         return np.maximum(padded, num_rows)
+
+
+_Corners = tuple[tuple[int, float], ...]
+"""Points around a value, and what each counts for."""
+
+
+def _corners(points: list[float], value: float) -> _Corners:
+    """What `_hat_weights` says, of the points that count."""
+    right = bisect.bisect_left(points, value)
+    if right == 0:
+        return ((0, 1.0),)
+    if right == len(points):
+        return ((right - 1, 1.0),)
+    share = (value - points[right - 1]) / (points[right] - points[right - 1])
+    return ((right, 1.0),) if share == 1.0 else ((right - 1, 1 - share), (right, share))
 
 
 def _hat_weights(points: Float64, value: float) -> Float64:

@@ -69,7 +69,7 @@ def _learned(one: Pass) -> LearnedRequest:
     sequence = one.sequence
     output_ids = None if sequence.finish_reason is None else sequence.token_ids[sequence.num_prompt :]
     num_rows = 1 + len(one.tree.token_ids)
-    return LearnedRequest(sequence.slot, sequence.request.tenant, num_rows, one.kept_ids, output_ids)
+    return LearnedRequest(sequence.slot, sequence.request.tenant, num_rows, len(sequence.token_ids), output_ids)
 
 
 def passes_of(sequences: Sequence[RunningSequence], trees: Sequence[DraftTree]) -> list[Pass]:

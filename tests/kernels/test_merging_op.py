@@ -211,6 +211,18 @@ def test_every_candidate_along_the_path_taken_is_a_trial_verified_or_not(isa: st
     assert world.go_on([first]) == 0, "a tree is judged once"
 
 
+def test_the_last_tree_of_a_request_is_judged_by_how_it_ended(isa: str) -> None:
+    world, other = World(5, temperature=0.0), World(5, temperature=0.0)
+    price = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
+    for one in (world, other):
+        one.merger.grow(one.asked(), [one.matrix], price)
+    first = grown(world.model, world.requests()[0])[0].path[0]
+    assert world.merger.end(0, [first, 7]) == other.go_on([first, 7]) > 0
+    for name in DRAFTERS:
+        assert (world.model.cells(name).new_tried == other.model.cells(name).new_tried).all()
+    assert world.merger.end(0, [first]) == world.merger.end(1, []) == 0
+
+
 def test_what_a_request_keeps_proposing_in_vain_survives_less_often_in_its_next_trees(isa: str) -> None:
     world = World(4, temperature=0.0)
     unknown = next(

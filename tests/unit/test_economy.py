@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slipstream.drafting.drafter import StepLoad
-from slipstream.drafting.economy import LARGEST_BAR, Economy
+from slipstream.drafting.economy import LARGEST_BAR, Economy, Took
 from slipstream.drafting.modes import Mode, first_steps
 from slipstream.drafting.step_cost import MeasuredSteps, StepCost
 
@@ -33,7 +33,7 @@ def take(one: Economy, mode: Mode, *, num_steps: int, num_tokens: int, num_nodes
         pass_s = 1.0 + 0.2 * num_nodes
         if mode is not Mode.OFF:
             one.expect(one.price(7).step_s, num_nodes=num_nodes)
-        one.settle(step_s=pass_s + BESIDE_S, pass_s=pass_s, num_tokens=num_tokens, is_counted=True)
+        one.settle(Took(pass_s + BESIDE_S, pass_s, num_tokens, is_usual=True), is_counted=True)
 
 
 def test_time_is_worth_the_tokens_a_second_of_plain_steps_at_least() -> None:
@@ -66,7 +66,7 @@ def test_a_step_that_the_machine_interrupted_counts_as_two() -> None:
     take(one, Mode.FLOOR, num_steps=100, num_tokens=2)
     before = one.modes.gain(Mode.FLOOR, num_requests=1)
     one.expect(one.price(7).step_s, num_nodes=0)
-    one.settle(step_s=1_000.0, pass_s=999.0, num_tokens=2, is_counted=True)
+    one.settle(Took(1_000.0, 999.0, 2, is_usual=True), is_counted=True)
     assert one.modes.gain(Mode.FLOOR, num_requests=1) > 0.97 * before
 
 
@@ -74,10 +74,10 @@ def test_steps_that_read_prompts_and_plain_ones_nobody_asked_for_tell_nothing() 
     one = economy()
     one.choose(load(num_rows=100), has_floor=True, has_chain=False)
     one.expect(one.price(7).step_s, num_nodes=0)
-    one.settle(step_s=9.0, pass_s=8.0, num_tokens=1, is_counted=True)
+    one.settle(Took(9.0, 8.0, 1, is_usual=True), is_counted=True)
     assert one.modes.gain(Mode.FLOOR, num_requests=1) == 1.0
     one.choose(load(), has_floor=False, has_chain=False)
-    one.settle(step_s=9.0, pass_s=8.0, num_tokens=1, is_counted=False)
+    one.settle(Took(9.0, 8.0, 1, is_usual=True), is_counted=False)
     assert one.modes.gain(Mode.OFF, num_requests=1) == 1.0
 
 

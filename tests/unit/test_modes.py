@@ -47,6 +47,21 @@ def test_speculation_is_off_where_nothing_gains_and_trials_cost_a_small_share() 
     assert chosen.count(Mode.CHAIN) > 2 * chosen.count(Mode.FLOOR), "what loses less is tried more often"
 
 
+def test_what_catching_up_costs_a_trial_makes_it_rarer() -> None:
+    def num_trials(extra: float) -> int:
+        modes, number, before = Modes(), 0, Mode.FLOOR
+        for _ in range(10_000):
+            mode = modes.choose(1, has_floor=True, has_chain=True)
+            if mode is Mode.CHAIN and before is not mode:
+                number += 1
+                modes.note_extra(plain_steps=extra)
+            note(modes, mode, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.4}.get(mode, 1.0))
+            before = mode
+        return number
+
+    assert num_trials(0.0) > 5 * num_trials(10.0) > 0
+
+
 def test_two_modes_that_are_nearly_as_good_are_compared_again_and_again() -> None:
     chosen = taken(Modes(), {Mode.FLOOR: 1.40, Mode.CHAIN: 1.41}, num_steps=2_000)
     assert min(chosen[2 * first_steps(1) :].count(mode) for mode in (Mode.FLOOR, Mode.CHAIN)) > 100

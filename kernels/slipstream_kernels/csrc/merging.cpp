@@ -452,6 +452,14 @@ int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address) {
     return -1;
 }
 
+// The request in a slot has ended with these tokens: judge its last tree. Returns how many candidates were.
+int64_t SLIPSTREAM_EXPORT(merger_end)(void* handle, const void* plan_address, int32_t slot, const int32_t* tokens,
+                                      int32_t number) {
+    using namespace SLIPSTREAM_ISA;
+    return judge(*static_cast<const Plan*>(plan_address), static_cast<Merger*>(handle)->slots[size_t(slot)], tokens,
+                 number);
+}
+
 // The request in a slot has left.
 void SLIPSTREAM_EXPORT(merger_release)(void* handle, int32_t slot) {
     using namespace SLIPSTREAM_ISA;
