@@ -88,23 +88,27 @@ def sample_rows(rows: Sequence[bytes], positions: Sequence[int]) -> SampleRows:
 
 def choose(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
     """The token int32 [X] chosen in each row of fp32 logits, on their device; no synchronisation with it."""
-    if len(rows_X) != len(logits_XV):
-        raise ValueError(f"{len(rows_X)} sample rows for {len(logits_XV)} rows of logits; give one each")
-    if kernel_rows(logits_XV) is None:
-        return choose_reference(logits_XV, rows_X)
-    return torch.tensor(chosen_ids(logits_XV, rows_X), dtype=torch.int32)
+    chosen_X = _choice(logits_XV, rows_X)
+    return chosen_X if isinstance(chosen_X, Tensor) else torch.tensor(chosen_X, dtype=torch.int32)
 
 
 def chosen_ids(logits_XV: Tensor, rows_X: SampleRows) -> list[int]:
     """`choose`, read from the device."""
+    return _choice(logits_XV, rows_X).tolist()  # type: ignore[no-any-return]
+
+
+def _choice(logits_XV: Tensor, rows_X: SampleRows) -> Tensor | array[int]:
     rows = kernel_rows(logits_XV)
-    if rows is None or len(rows_X) != rows.number:
-        return choose(logits_XV, rows_X).tolist()  # type: ignore[no-any-return]
-    chosen_X = array("i", bytes(4 * rows.number))
+    num_rows = len(logits_XV) if rows is None else rows.number
+    if len(rows_X) != num_rows:
+        raise ValueError(f"{len(rows_X)} sample rows for {num_rows} rows of logits; give one each")
+    if rows is None:
+        return choose_reference(logits_XV, rows_X)
+    chosen_X = array("i", bytes(4 * num_rows))
     _compiled("choose", instruction_set())(
-        rows.address, rows.stride, rows.number, rows.vocab_size, rows_X.ctypes.data, chosen_X.buffer_info()[0]
+        rows.address, rows.stride, num_rows, rows.vocab_size, rows_X.ctypes.data, chosen_X.buffer_info()[0]
     )
-    return chosen_X.tolist()
+    return chosen_X
 
 
 class KernelRows(NamedTuple):

@@ -90,8 +90,9 @@ class Economy:
         load, mode = self._load, self._mode
         if load.num_rows != load.num_choosing:
             return
-        if mode is Mode.OFF:
+        if took.is_usual:
             self._overhead.observe(mode, load.num_choosing, took.step_s - took.pass_s)
+        if mode is Mode.OFF:
             if not is_counted:
                 return
             line_s, _ = self.step_cost.over_nodes(
@@ -102,8 +103,6 @@ class Economy:
         if not took.is_usual:
             self.modes.note_extra(plain_steps=took.step_s / self._plain_s)
             return
-        if mode is not Mode.OFF:
-            self._overhead.observe(mode, load.num_choosing, took.step_s - took.pass_s)
         expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
         plain_steps = min(took.step_s, _LARGEST_SURPRISE * expected_s) / self._plain_s
         self.modes.note(mode, num_requests=load.num_choosing, num_tokens=took.num_tokens, plain_steps=plain_steps)

@@ -106,7 +106,6 @@ class MergedDrafter:
         )
         self._num_known = [0] * num_slots
         self._mode = Mode.OFF
-        self._num_choosing = 0
         self._token_s: dict[int, float] = {}
         self._was_level = True
         self._is_listening = True
@@ -163,7 +162,6 @@ class MergedDrafter:
 
         `can_draft` False: no request may have a draft in it.
         """
-        self._num_choosing = load.num_choosing
         has_chain = can_draft and "chain" in self.options.sources and bool(self._chains)
         has_floor = can_draft and self.options.sources != ("chain",)
         if self.economy is not None:
@@ -224,7 +222,7 @@ class MergedDrafter:
     def _price(self, contexts: Sequence[DraftContext]) -> Price:
         max_nodes = sum(self._max_nodes(one) for one in contexts)
         if self.economy is None:
-            return Price(np.ones(max_nodes + 1), 0.0, self._num_choosing)
+            return Price(np.ones(max_nodes + 1), 0.0, len(contexts))
         return self.economy.price(max_nodes)
 
     def _draft_chains(

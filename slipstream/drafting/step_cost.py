@@ -287,7 +287,8 @@ class StepCost:
 
     def _points_s(self, context_tokens: float) -> Float64:
         """Seconds at each measured number of rows, for this context."""
-        points_s: Float64 = self._base_s_GC @ _hat_weights(self._contexts, context_tokens)
+        contexts = _corners(self._context_points, context_tokens)
+        points_s: Float64 = sum((share * self._base_s_GC[:, context] for context, share in contexts), np.zeros(1))
         if self._experts:
             points_s = points_s + self._expert_s * self._experts.expected(self._rows)
         return points_s
@@ -302,7 +303,7 @@ _Corners = tuple[tuple[int, float], ...]
 
 
 def _corners(points: list[float], value: float) -> _Corners:
-    """What `_hat_weights` says, of the points that count."""
+    """On straight lines between the points, and level outside them."""
     right = bisect.bisect_left(points, value)
     if right == 0:
         return ((0, 1.0),)
@@ -310,19 +311,6 @@ def _corners(points: list[float], value: float) -> _Corners:
         return ((right - 1, 1.0),)
     share = (value - points[right - 1]) / (points[right] - points[right - 1])
     return ((right, 1.0),) if share == 1.0 else ((right - 1, 1 - share), (right, share))
-
-
-def _hat_weights(points: Float64, value: float) -> Float64:
-    """What each point counts for at `value`, on straight lines between them and level outside."""
-    weights = np.zeros(len(points))
-    place = min(max(value, points[0]), points[-1])
-    right = int(np.searchsorted(points, place))
-    if points[right] == place:
-        weights[right] = 1.0
-        return weights
-    share = (place - points[right - 1]) / (points[right] - points[right - 1])
-    weights[right - 1], weights[right] = 1 - share, share
-    return weights
 
 
 def _ascending(*columns: Float64) -> bool:

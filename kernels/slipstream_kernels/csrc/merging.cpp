@@ -427,8 +427,8 @@ auto SLIPSTREAM_EXPORT(merger_new)(int32_t num_slots, int64_t pool_tokens) -> vo
 
 void SLIPSTREAM_EXPORT(merger_free)(void* merger) { delete static_cast<SLIPSTREAM_ISA::Merger*>(merger); }
 
-// Judge every request's last tree by what is new of its text, take that in, grow its next tree, choose among all nodes and write the trees one behind the
-// other. Returns -1, or the first request whose root or matrix is none.
+// Judge every request's last tree by what is new of its text, take that in, grow its next tree, choose among all nodes
+// and write the trees one behind the other. Returns -1, or the first request whose root or matrix is none.
 int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address) {
     using namespace SLIPSTREAM_ISA;
     Merger& merger = *static_cast<Merger*>(handle);
