@@ -1,8 +1,9 @@
-"""Engines that serve the same requests by turns, one step at a time, over one copy of the target's weights.
+"""Engines that serve the same requests by turns, a few steps at a time, over one copy of the target's weights.
 
 The memory of a rented machine is now half, now twice as fast, and changes within seconds. So the engine that has got
-least far with a group of requests takes the next step: at every moment all of them have met the same machine, and
-ratios of their times mean something. Each has a part of one decoder's cache of its own.
+least far with a group of requests takes the next turn: at every moment all of them have met the same machine, and
+ratios of their times mean something. Each has a part of one decoder's cache of its own; what finding it takes is left
+out of all times.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from slipstream.models.checkpoint import Checkpoint
 from slipstream.telemetry import ReplicaMetrics
 
 MAX_BATCH = 16
+STEPS_OF_TURN = 4
+"""Steps in a row: a step of an engine alone finds in the processor's caches what the one before it left there."""
+
 MAX_NODES = 16
 """Of a request's tree, however it is chosen."""
 
@@ -119,12 +123,12 @@ class SharedDecoder:
 
 
 class DecoderPart:
-    """A `PagedDecoder` with a part of another one's cache, and a clock on its passes."""
+    """A `PagedDecoder` with a part of another one's cache, and clocks on its passes and on what being a part takes."""
 
     def __init__(self, decoder: PagedDecoder, *, first_block: int, first_node_slot: int) -> None:
         self.config = decoder.config
         self.is_exact = decoder.is_exact
-        self.pass_s = 0.0
+        self.pass_s = self.moving_s = 0.0
         self._decoder = decoder
         self._first_block = first_block
         self._first_node_slot = first_node_slot
@@ -132,6 +136,7 @@ class DecoderPart:
 
     def forward(self, plan: StepPlan) -> StepOutput:
         """See `PagedDecoder.forward`."""
+        began = time.perf_counter()
         is_node_T = plan.node_slots_T != NO_NODE
         moved = msgspec.structs.replace(
             plan,
@@ -142,19 +147,23 @@ class DecoderPart:
         started = time.perf_counter()
         self._last = self._decoder.forward(moved)
         self.pass_s += time.perf_counter() - started
+        self.moving_s += started - began
         return self._last
 
     def keep(self, moves: Sequence[Move]) -> None:
         """See `PagedDecoder.keep`."""
-        self._decoder.keep(
-            [Move(one.node_slot + self._first_node_slot, one.block + self._first_block, one.offset) for one in moves]
-        )
+        began = time.perf_counter()
+        moved = [
+            Move(one.node_slot + self._first_node_slot, one.block + self._first_block, one.offset) for one in moves
+        ]
+        self.moving_s += time.perf_counter() - began
+        self._decoder.keep(moved)
 
     def experts_of_last_pass(self) -> float:
         """Distinct experts of a layer, their mean over layers; 0 for a dense target. Valid until the next pass."""
         if self._last is None or self._last.expert_ids_TLK is None:
             return 0.0
-        experts_LT = self._last.expert_ids_TLK.numpy().transpose(1, 0, 2).reshape(self.config.num_layers, -1)
+        experts_LT = np.asarray(self._last.expert_ids_TLK).transpose(1, 0, 2).reshape(self.config.num_layers, -1)
         return float(np.mean([np.count_nonzero(np.bincount(layer)) for layer in experts_LT]))
 
 
@@ -199,11 +208,17 @@ class Runner:
             self.engine.step()
         self._num_first = [len(blocks) for blocks in self._blocks]
         self._seconds, self._num_steps, self._experts = 0.0, 0, 0.0
-        self._part.pass_s = 0.0
+        self._part.pass_s = self._part.moving_s = 0.0
         self._count()
 
+    def take_turn(self) -> None:
+        """A few steps, timed; the last one ends the group."""
+        for _ in range(STEPS_OF_TURN):
+            if not self.is_done:
+                self.step()
+
     def step(self) -> None:
-        """One step, timed; the last one ends the group."""
+        """One step, timed."""
         started = time.perf_counter()
         self.engine.step()
         self._seconds += time.perf_counter() - started
@@ -215,7 +230,7 @@ class Runner:
         """What came of the group."""
         calls = [one for blocks, first in zip(self._blocks, self._num_first, strict=True) for one in blocks[first:]]
         return Served(
-            seconds=self._seconds,
+            seconds=self._seconds - self._part.moving_s,
             pass_s=self._part.pass_s,
             num_steps=self._num_steps,
             num_calls=len(calls),
@@ -232,14 +247,14 @@ class Runner:
 
 
 def serve_by_turns(runners: Sequence[Runner], queries: Sequence[Query], temperature: float) -> list[Served]:
-    """Serve one group with every runner; whoever has the fewest tokens so far takes the next step."""
+    """Serve one group with every runner; whoever has the fewest tokens so far takes the next turn."""
     gc.collect()
     gc.disable()  # a collection in one system's step would be nobody's cost
     for runner in runners:
         runner.begin(queries, temperature)
     working = [runner for runner in runners if not runner.is_done]
     while working:
-        min(working, key=lambda runner: runner.num_tokens).step()
+        min(working, key=lambda runner: runner.num_tokens).take_turn()
         working = [runner for runner in working if not runner.is_done]
     gc.enable()
     return [runner.served() for runner in runners]

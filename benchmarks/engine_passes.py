@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.peers.protocol import Task, interleaved_ms, median_of_each
+from slipstream.drafting.step_cost import distinct_experts
 from slipstream.engine.decoders import open_decoder
-from slipstream.engine.plan import BLOCK_TOKENS, NO_NODE, PagedDecoder, StepPlan
+from slipstream.engine.plan import BLOCK_TOKENS, NO_NODE, StepPlan
 from slipstream.models.checkpoint import Checkpoint
 
 
@@ -36,7 +37,9 @@ def measure_passes(checkpoint: Checkpoint, task: Task) -> tuple[dict[int, float]
         }
         passes = {size: functools.partial(decoder.forward, plan) for size, plan in plans.items()}
         times.append(interleaved_ms(passes, num_repeats=task.num_repeats))
-        experts.append({size: distinct_experts(decoder, plan) for size, plan in plans.items()})
+        experts.append(
+            {size: distinct_experts(decoder.forward(plan).expert_ids_TLK) or 0.0 for size, plan in plans.items()}
+        )
     return median_of_each(times), {size: statistics.mean(each[size] for each in experts) for size in task.tree_sizes}
 
 
@@ -62,12 +65,3 @@ def chain_plan(token_ids: Sequence[int], *, first: int, num_nodes: int) -> StepP
         ancestors=np.concatenate([np.arange(number) for number in num_ancestors_T]).astype(np.int32),
         logit_rows_X=np.arange(0 if num_nodes else num_rows - 1, num_rows, dtype=np.int32),
     )
-
-
-def distinct_experts(decoder: PagedDecoder, plan: StepPlan) -> float:
-    """Mean over the layers of the number of distinct experts of the plan's rows; 0 for a dense model."""
-    expert_ids_TLK = decoder.forward(plan).expert_ids_TLK
-    if expert_ids_TLK is None:
-        return 0.0
-    layers = expert_ids_TLK.transpose(0, 1).flatten(1)
-    return float(statistics.mean(len(layer.unique()) for layer in layers))

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream_kernels.address import address_of
 from slipstream_kernels.isa import instruction_set, is_available, typed
 from slipstream_kernels.sampling import host_logprobs, kernel_rows, top_logprobs
 
@@ -74,12 +75,12 @@ def remember(
         remember_reference(matrix, token_ids_T, top_ids_TN, top_logprobs_TN)
         return
     bad_row = _compiled("recycling_remember", instruction_set())(
-        *(array.ctypes.data for array in matrix),
+        *(address_of(array) for array in matrix),
         matrix.ids_VN.itemsize,
         vocab_size_of(matrix),
-        tokens_T.ctypes.data,
-        ids_TN.ctypes.data,
-        logprobs_TN.ctypes.data,
+        address_of(tokens_T),
+        address_of(ids_TN),
+        address_of(logprobs_TN),
         *ids_TN.shape,
     )
     if bad_row >= 0:
@@ -94,7 +95,7 @@ def remember_logits(matrix: Adjacency, token_ids_T: NDArray[np.int32], logits_TV
     rows = kernel_rows(logits_TV)
     if rows is None:
         number = len(token_ids_T)
-        said = top_logprobs(logits_TV, range(number), [0] * number, num_top=min(WIDTH, logits_TV.shape[1]))
+        said = top_logprobs(logits_TV, range(number), [0] * number, num_top=WIDTH)
         remember(matrix, token_ids_T, *host_logprobs(said)[1:])
         return
     if len(token_ids_T) != rows.number or rows.vocab_size != vocab_size_of(matrix):
@@ -104,10 +105,10 @@ def remember_logits(matrix: Adjacency, token_ids_T: NDArray[np.int32], logits_TV
         )
     tokens_T = np.ascontiguousarray(token_ids_T, np.int32)
     bad_row = _compiled("recycling_remember_logits", instruction_set())(
-        *(array.ctypes.data for array in matrix),
+        *(address_of(array) for array in matrix),
         matrix.ids_VN.itemsize,
         rows.vocab_size,
-        tokens_T.ctypes.data,
+        address_of(tokens_T),
         rows.address,
         rows.stride,
         rows.number,

@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream_kernels.address import address_of
 from slipstream_kernels.decoder import Decoder, Plan
 from slipstream_kernels.merging import Chains
 from slipstream_kernels.sampling import SampleRows
@@ -47,7 +48,7 @@ def draft_chains(
     plan = _ChainPlan(
         num_requests,
         width,
-        *(array.ctypes.data for array in (slots_B, max_tokens_B, bases_B, draws_B, *chains)),
+        *(address_of(array) for array in (slots_B, max_tokens_B, bases_B, draws_B, *chains)),
         min_path,
     )
     decoder.draft_chain(first, ctypes.addressof(plan))

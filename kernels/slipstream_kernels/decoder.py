@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream_kernels.address import address_of
 from slipstream_kernels.isa import function, instruction_set
 
 Int32 = NDArray[np.int32]
@@ -151,10 +152,10 @@ class Decoder:
         # Untouched memory costs nothing, so there is room for the logits of every row.
         self._logits_XV = torch.empty(sizes.max_rows, sizes.vocab)
         experts = (sizes.max_rows, sizes.layers, sizes.experts_per_token) if sizes.experts else (0, 0, 0)
-        self._experts_TLK = torch.zeros(experts, dtype=torch.int32)
+        self._experts_TLK = np.zeros(experts, np.int32)
         self._logits_address = self._logits_XV.data_ptr()
-        self._experts_address = self._experts_TLK.data_ptr() if sizes.experts else 0
-        self._given_out: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._experts_address = address_of(self._experts_TLK) if sizes.experts else 0
+        self._given_out: dict[tuple[int, int], tuple[Tensor, Int32]] = {}
 
     def _function(self, name: str, result: Any = None) -> Callable[..., Any]:
         # A pointer type of its own per decoder: ctypes keeps argument types on the function object.
@@ -177,8 +178,8 @@ class Decoder:
         if not self._set(ctypes.c_void_p(self._handle), int(part), layer, expert, address, WEIGHT_TYPES[tensor.dtype]):
             raise MemoryError(f"no memory to pack {part.name} of layer {layer}, {tuple(tensor.shape)}")
 
-    def forward(self, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Logits fp32 [X, vocab] of the rows asked for and experts int32 [T, L, K] ([0, 0, 0] if dense).
+    def forward(self, plan: Plan) -> tuple[Tensor, Int32]:
+        """Logits fp32 [X, vocab] of the rows asked for and experts [T, L, K] (none, [0, 0, 0], if dense).
 
         Both are views of this decoder's own memory, valid until the next pass. A row reads positions
         [0, num_committed) through its sequence's line of the block table, then its ancestors' node slots in order of
@@ -194,8 +195,8 @@ class Decoder:
         )
         return self._views(num_rows, num_logit_rows)
 
-    def _views(self, num_rows: int, num_logit_rows: int) -> tuple[Tensor, Tensor]:
-        """The first rows of what passes write; the same tensors for the same numbers, as making them takes long."""
+    def _views(self, num_rows: int, num_logit_rows: int) -> tuple[Tensor, Int32]:
+        """The first rows of what passes write; the same views for the same numbers, as making them takes long."""
         key = num_rows, num_logit_rows
         if key not in self._given_out:
             if len(self._given_out) == _MOST_VIEWS:
@@ -222,21 +223,21 @@ class Decoder:
         fields = self._plan
         fields.num_rows, fields.num_logit_rows = num_rows, num_logit_rows
         fields.table_width = plan.block_tables_BC.shape[1]
-        fields.ids = plan.ids_T.ctypes.data
-        fields.positions = plan.positions_T.ctypes.data
-        fields.sequences = plan.sequences_T.ctypes.data
-        fields.block_tables = plan.block_tables_BC.ctypes.data
-        fields.num_committed = plan.num_committed_T.ctypes.data
-        fields.node_slots = plan.node_slots_T.ctypes.data
-        fields.ancestor_starts = plan.ancestor_starts.ctypes.data
-        fields.ancestors = plan.ancestors.ctypes.data
-        fields.logit_rows = plan.logit_rows_X.ctypes.data
+        fields.ids = address_of(plan.ids_T)
+        fields.positions = address_of(plan.positions_T)
+        fields.sequences = address_of(plan.sequences_T)
+        fields.block_tables = address_of(plan.block_tables_BC)
+        fields.num_committed = address_of(plan.num_committed_T)
+        fields.node_slots = address_of(plan.node_slots_T)
+        fields.ancestor_starts = address_of(plan.ancestor_starts)
+        fields.ancestors = address_of(plan.ancestors)
+        fields.logit_rows = address_of(plan.logit_rows_X)
         return num_rows, num_logit_rows
 
     def keep(self, moves: Int32) -> None:
         """Copy keys and values from node slots into blocks: rows of (node slot, block, offset in the block)."""
         moves = np.ascontiguousarray(moves, dtype=np.int32)
-        self._keep(ctypes.c_void_p(self._handle), len(moves), ctypes.c_void_p(moves.ctypes.data))
+        self._keep(ctypes.c_void_p(self._handle), len(moves), ctypes.c_void_p(address_of(moves)))
 
 
 def _check(sizes: Sizes) -> None:

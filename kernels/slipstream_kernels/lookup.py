@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream_kernels.address import address_of
 from slipstream_kernels.isa import Signatures, instruction_set, typed
 
 MAX_CLASSES = 4
@@ -95,7 +96,7 @@ class SuffixAutomaton:
     def extend(self, token_ids: Sequence[int] | NDArray[np.int32]) -> None:
         """The text goes on with these tokens."""
         tokens_T = _tokens(token_ids)
-        self._call("automaton_extend", tokens_T.ctypes.data, len(tokens_T))
+        self._call("automaton_extend", address_of(tokens_T), len(tokens_T))
 
     def clear(self) -> None:
         """Start again with an empty text."""
@@ -148,7 +149,7 @@ class OutputPool:
     def add(self, scope: int, token_ids: Sequence[int] | NDArray[np.int32]) -> None:
         """Keep an output, of a longer one than fits the end; one that is there already counts as used."""
         tokens_T = _tokens(token_ids)
-        self._call("output_pool_add", scope, tokens_T.ctypes.data, len(tokens_T))
+        self._call("output_pool_add", scope, address_of(tokens_T), len(tokens_T))
 
     def look_up(
         self, scope: int, token_ids: Sequence[int] | NDArray[np.int32], *, max_tokens: int, max_continuations: int
@@ -161,7 +162,7 @@ class OutputPool:
         """
         tokens_T, room = _tokens(token_ids), _POOL_ROOM()
         number = self._call(
-            "output_pool_look_up", scope, tokens_T.ctypes.data, len(tokens_T), max_tokens, max_continuations, room
+            "output_pool_look_up", scope, address_of(tokens_T), len(tokens_T), max_tokens, max_continuations, room
         )
         return [_read(found, max_tokens) for found in room[:number]]
 

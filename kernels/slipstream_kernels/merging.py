@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream_kernels.address import address_of
 from slipstream_kernels.adjacency import WIDTH, Adjacency
 from slipstream_kernels.isa import function, instruction_set
 from slipstream_kernels.recycling import GrowthRule
@@ -197,10 +198,10 @@ class Merger:
             drafters=sum(1 << place for place, name in enumerate(DRAFTERS) if name in drafters),
             rule=ctypes.addressof(self._rule),
             cells=ctypes.addressof(self._cells),
-            tokens=self._tokens.ctypes.data,
-            parents=self._parents.ctypes.data,
-            ends=self._ends.ctypes.data,
-            figures=self._figures.ctypes.data,
+            tokens=address_of(self._tokens),
+            parents=address_of(self._parents),
+            ends=address_of(self._ends),
+            figures=address_of(self._figures),
         )
 
     def _function(self, name: str, result: Any = None) -> Callable[..., Any]:
@@ -220,15 +221,15 @@ class Merger:
         plan.chain_width = chains.token_ids_BD.shape[1]
         plan.max_step_nodes = len(price.step_s) - 1
         plan.token_rate, plan.min_survival = price.token_rate, price.min_survival
-        plan.slots, plan.draws = asked.slots_B.ctypes.data, asked.draws_B.ctypes.data
-        plan.limits, plan.scopes = asked.limits_B4.ctypes.data, asked.scopes_B.ctypes.data
-        plan.new_tokens, plan.new_ends = asked.new_ids.ctypes.data, asked.new_ends_B.ctypes.data
-        plan.chain_tokens, plan.chain_lengths = chains.token_ids_BD.ctypes.data, chains.lengths_B.ctypes.data
-        plan.chain_scores = chains.scores_BD.ctypes.data
-        matrix_ids = (_ADDRESS * len(matrices))(*(one.ids_VN.ctypes.data for one in matrices))
-        matrix_logprobs = (_ADDRESS * len(matrices))(*(one.logprobs_VN.ctypes.data for one in matrices))
+        plan.slots, plan.draws = address_of(asked.slots_B), address_of(asked.draws_B)
+        plan.limits, plan.scopes = address_of(asked.limits_B4), address_of(asked.scopes_B)
+        plan.new_tokens, plan.new_ends = address_of(asked.new_ids), address_of(asked.new_ends_B)
+        plan.chain_tokens, plan.chain_lengths = address_of(chains.token_ids_BD), address_of(chains.lengths_B)
+        plan.chain_scores = address_of(chains.scores_BD)
+        matrix_ids = (_ADDRESS * len(matrices))(*(address_of(one.ids_VN) for one in matrices))
+        matrix_logprobs = (_ADDRESS * len(matrices))(*(address_of(one.logprobs_VN) for one in matrices))
         plan.matrix_ids, plan.matrix_logprobs = ctypes.addressof(matrix_ids), ctypes.addressof(matrix_logprobs)
-        plan.step_s = price.step_s.ctypes.data
+        plan.step_s = address_of(price.step_s)
         bad_request = self._grow(_ADDRESS(self._handle), ctypes.byref(plan))
         if bad_request >= 0:
             raise ValueError(
@@ -249,7 +250,7 @@ class Merger:
         """
         ids = np.array(token_ids, np.int32)
         return self._end(  # type: ignore[no-any-return]
-            _ADDRESS(self._handle), ctypes.byref(self._plan), _INT(slot), _ADDRESS(ids.ctypes.data), _INT(len(ids))
+            _ADDRESS(self._handle), ctypes.byref(self._plan), _INT(slot), _ADDRESS(address_of(ids)), _INT(len(ids))
         )
 
     def release(self, slot: int) -> None:
@@ -259,11 +260,11 @@ class Merger:
     def keep(self, scope: int, token_ids: Sequence[int]) -> None:
         """Keep an output for the look-ups of requests of this scope."""
         ids = np.array(token_ids, np.int32)
-        self._keep(_ADDRESS(self._handle), ctypes.c_uint64(scope), _ADDRESS(ids.ctypes.data), _INT(len(ids)))
+        self._keep(_ADDRESS(self._handle), ctypes.c_uint64(scope), _ADDRESS(address_of(ids)), _INT(len(ids)))
 
 
 def _addresses_of(cells: Cells) -> _Cells:
     arrays = (cells.said, cells.new_tried, cells.new_accepted, cells.curve.sums)
     for array in arrays:
         assert array.flags.c_contiguous, array.shape
-    return _Cells(*(array.ctypes.data for array in arrays), cells.said.shape[2])
+    return _Cells(*(address_of(array) for array in arrays), cells.said.shape[2])

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream_kernels.address import address_of
 from slipstream_kernels.adjacency import WIDTH, Adjacency, no_token, vocab_size_of
 from slipstream_kernels.isa import instruction_set, is_available, typed
 from slipstream_kernels.noise import WEIGHT_BITS, fixed_log, fixed_weights, philox
@@ -133,13 +134,13 @@ def grow(
         len(matrices),
         matrices[0].ids_VN.itemsize,
         vocab_size_of(matrices[0]),
-        draws_B.ctypes.data,
-        limits_B4.ctypes.data,
+        address_of(draws_B),
+        address_of(limits_B4),
         len(limits_B4),
         (ctypes.c_double * _NUM_RULE_NUMBERS)(*rule[:-1], *rule.rank_probs),
-        None if shape is None else shape.ctypes.data,
+        None if shape is None else address_of(shape),
         0 if template is None else len(template.ranks_X),
-        *(array.ctypes.data for array in (tokens_X, parents_X, scores_X, ends_B)),
+        *(address_of(array) for array in (tokens_X, parents_X, scores_X, ends_B)),
     )
     if bad_request >= 0:
         _check_request(int(limits_B4[bad_request, 0]), int(limits_B4[bad_request, 1]), matrices)
@@ -148,7 +149,7 @@ def grow(
 
 
 def _addresses(arrays: Sequence[NDArray[Any]]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+    return (ctypes.c_void_p * len(arrays))(*(address_of(array) for array in arrays))
 
 
 def _check_request(which: int, root: int, matrices: Sequence[Adjacency]) -> None:

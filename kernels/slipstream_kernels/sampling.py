@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream_kernels.address import address_of
 from slipstream_kernels.isa import instruction_set, is_available, typed
 from slipstream_kernels.noise import WEIGHT_BITS, fixed_log, fixed_weights, gumbel_noise
 
@@ -106,7 +107,7 @@ def _choice(logits_XV: Tensor, rows_X: SampleRows) -> Tensor | array[int]:
         return choose_reference(logits_XV, rows_X)
     chosen_X = array("i", bytes(4 * num_rows))
     _compiled("choose", instruction_set())(
-        rows.address, rows.stride, num_rows, rows.vocab_size, rows_X.ctypes.data, chosen_X.buffer_info()[0]
+        rows.address, rows.stride, num_rows, rows.vocab_size, address_of(rows_X), chosen_X.buffer_info()[0]
     )
     return chosen_X
 
@@ -148,7 +149,7 @@ def _is_for_kernels(logits_XV: Tensor) -> bool:
 def noise(row: SampleRows, vocab_size: int) -> NDArray[np.float64]:
     """The noise [V] that the compiled kernels give one sample row; they must be available."""
     out = np.empty(vocab_size)
-    _compiled("gumbel_noise", instruction_set())(row.ctypes.data, vocab_size, out.ctypes.data)
+    _compiled("gumbel_noise", instruction_set())(address_of(row), vocab_size, address_of(out))
     return out
 
 
@@ -296,14 +297,15 @@ def top_logprobs(
 ) -> TopLogprobs | HostLogprobs:
     """Log-probabilities of raw logits: of one token in each of the rows named, and of the `num_top` most likely.
 
-    `num_top` is at most the size of the vocabulary. Probabilities are summed in units of 2**-42 of the largest, which
+    That is all tokens of a smaller vocabulary. Probabilities are summed in units of 2**-42 of the largest, which
     makes a result independent of the order of the sum. Arrays where the compiled kernels can read the logits, which is
     on the host, else tensors on their device, with no synchronisation.
     """
     found = kernel_rows(logits_XV)
     num_rows, vocab_size = logits_XV.shape if found is None else (found.number, found.vocab_size)
-    if not 0 <= num_top <= vocab_size:
-        raise ValueError(f"num_top is {num_top}; expected 0 to the size of the vocabulary, {vocab_size}")
+    if num_top < 0:
+        raise ValueError(f"num_top is {num_top}; expected a number from 0 up")
+    num_top = min(num_top, vocab_size)
     if len(rows) != len(token_ids):
         raise ValueError(f"{len(rows)} rows and {len(token_ids)} tokens; give one each")
     _check_range("rows", rows, num_rows)
@@ -320,11 +322,11 @@ def top_logprobs(
         found.address,
         found.stride,
         vocab_size,
-        rows_G.ctypes.data,
-        tokens_G.ctypes.data,
+        address_of(rows_G),
+        address_of(tokens_G),
         num_wanted,
         num_top,
-        *(values.ctypes.data for values in out),
+        *(address_of(values) for values in out),
     )
     return out
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.drafting.tree import DraftTree
+from slipstream.engine.plan import ExpertIds
 from slipstream.engine.request import SamplingParams
 from slipstream.versions import DEFAULT_DOMAIN
 
@@ -71,7 +72,7 @@ class Lesson(msgspec.Struct, frozen=True):
     requests: Sequence[LearnedRequest]
     num_rows: int
     seconds: float
-    expert_ids_TLK: Tensor | None
+    expert_ids_TLK: ExpertIds | None
 
 
 class Drafter(Protocol):

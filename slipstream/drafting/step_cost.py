@@ -22,7 +22,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+from slipstream.engine.plan import ExpertIds
 
 Float64 = NDArray[np.float64]
 
@@ -103,11 +104,11 @@ def _timed(probe: StepProbe, num_rows: int, context: int, is_varied: bool) -> fl
     return time.perf_counter() - start
 
 
-def distinct_experts(expert_ids_TLK: Tensor | None) -> float | None:
+def distinct_experts(expert_ids_TLK: ExpertIds | None) -> float | None:
     """Distinct experts a layer that T rows chose, their mean over layers; None for a dense model."""
     if expert_ids_TLK is None:
         return None
-    ids_TLK = expert_ids_TLK.cpu().numpy()
+    ids_TLK = expert_ids_TLK if isinstance(expert_ids_TLK, np.ndarray) else expert_ids_TLK.cpu().numpy()
     num_layers: int = ids_TLK.shape[1]
     is_used = np.zeros((num_layers, int(ids_TLK.max()) + 1), dtype=np.bool_)
     is_used[np.arange(num_layers)[:, None], ids_TLK] = True

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.drafting.tree import DraftTree
+from slipstream.engine.plan import ExpertIds
 from slipstream.engine.request import FinishReason, Request, TokenBlock
 from slipstream.engine.stops import StopStrings
 from slipstream.records import Round
@@ -37,7 +38,7 @@ class ObservedStep:
     So a step on a GPU does not wait for what only the observer needs, at the end of a request.
     """
 
-    def __init__(self, said: TopLogprobs | HostLogprobs, expert_ids_TLK: Tensor | NDArray[np.integer] | None) -> None:
+    def __init__(self, said: TopLogprobs | HostLogprobs, expert_ids_TLK: ExpertIds | None) -> None:
         self._said = said
         self._expert_ids_TLK = expert_ids_TLK
 

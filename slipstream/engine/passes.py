@@ -19,7 +19,7 @@ from slipstream.drafting.drafter import LearnedRequest, Lesson, StepLoad
 from slipstream.drafting.tree import DraftTree, part_of
 from slipstream.engine.batch import ObservedStep, RunningSequence
 from slipstream.engine.packing import moves_of
-from slipstream.engine.plan import Move, StepOutput, StepPlan
+from slipstream.engine.plan import ExpertIds, Move, StepOutput, StepPlan
 from slipstream.engine.request import TokenLogprobs
 from slipstream.engine.sampling import RowsOfRequest, choose_tokens, target_probs
 from slipstream.verification import KeyedChance, ScoredTree, VerificationRule, equality, sound_nodes, verify
@@ -156,7 +156,7 @@ def note_what_was_said(passes: Sequence[Pass], plan: StepPlan, output: StepOutpu
     rows = [row for one in asked for row in _rows(one)]
     token_ids = [token for one in asked for token in one.kept_ids]
     num_top = max(top_n, *(one.sequence.request.num_logprobs or 0 for one in asked))
-    said = top_logprobs(output.logits_XV, rows, token_ids, num_top=min(num_top, output.logits_XV.shape[1]))
+    said = top_logprobs(output.logits_XV, rows, token_ids, num_top=num_top)
     step = ObservedStep(said, _experts_of(output, plan.logit_rows_X[rows]))
     first = 0
     for one in asked:
@@ -164,15 +164,12 @@ def note_what_was_said(passes: Sequence[Pass], plan: StepPlan, output: StepOutpu
         first += len(one.kept_ids)
 
 
-def _experts_of(output: StepOutput, rows: NDArray[np.int32]) -> Tensor | NDArray[np.integer] | None:
+def _experts_of(output: StepOutput, rows: NDArray[np.int32]) -> ExpertIds | None:
     """A copy of what some rows chose: the next pass overwrites what this one gave out."""
     experts_TLK = output.expert_ids_TLK
-    if experts_TLK is None:
-        return None
-    if experts_TLK.device.type == "cpu":
-        some: NDArray[np.integer] = experts_TLK.numpy()[rows]  # takes a small part of the time of torch's indexing
-        return some
-    return experts_TLK[torch.from_numpy(rows).to(experts_TLK.device)]
+    if isinstance(experts_TLK, Tensor):
+        return experts_TLK[torch.from_numpy(rows).to(experts_TLK.device)]
+    return None if experts_TLK is None else experts_TLK[rows]
 
 
 def token_logprobs(step: ObservedStep, part: slice, *, num_top: int) -> tuple[TokenLogprobs, ...]:

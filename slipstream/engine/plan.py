@@ -47,11 +47,15 @@ class StepPlan(msgspec.Struct, frozen=True):
     logit_rows_X: Int32
 
 
+ExpertIds = NDArray[np.integer] | Tensor
+"""Experts [T, L, K] that T rows chose in L layers, best first, where their decoder computes: on the host an array."""
+
+
 class StepOutput(msgspec.Struct, frozen=True):
-    """`logits_XV` fp32, valid until the next pass; `expert_ids_TLK` integers, best first, None for a dense model."""
+    """Valid until the next pass: `logits_XV` fp32, and what experts rows chose, None for a dense model."""
 
     logits_XV: Tensor
-    expert_ids_TLK: Tensor | None
+    expert_ids_TLK: ExpertIds | None
 
 
 class Move(msgspec.Struct, frozen=True):

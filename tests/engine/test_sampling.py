@@ -21,7 +21,7 @@ from slipstream.engine.request import SamplingParams
 from slipstream.engine.sampling import RowsOfRequest, adjusted, choose_tokens, draft_tokens
 from slipstream.verification import verify
 from slipstream_kernels.noise import gumbel_noise
-from slipstream_kernels.sampling import choose, row_bytes, sample_rows
+from slipstream_kernels.sampling import choose, choose_reference, row_bytes, sample_rows
 
 
 def tree_of(nodes: Sequence[tuple[int, int]]) -> DraftTree:
@@ -53,7 +53,11 @@ def kept_naively(logits: Sequence[float], sampling: SamplingParams) -> set[int] 
         before = [sum(weights[token] for token in kept[:rank]) / total for rank in range(len(kept))]
         if any(abs(share - sampling.top_p) < 1e-9 for share in before):
             return None
-        kept = [token for token, share in zip(kept, before, strict=True) if share < sampling.top_p]
+        num_kept = sum(share < sampling.top_p for share in before)
+        at_border = {logits[token] for token in kept if abs(weights[token] - weights[kept[num_kept - 1]]) < 1e-9}
+        if len(at_border) > 1:
+            return None
+        kept = kept[:num_kept]
     if any(abs(weights[token] - sampling.min_p) < 1e-9 for token in kept):
         return None
     return {token for token in kept if weights[token] >= sampling.min_p}
@@ -96,6 +100,12 @@ def test_filters_keep_what_their_definition_says_on_one_example() -> None:
     assert seen(top_p=0.01) == {0}
     assert seen(min_p=0.3) == {0, 1, 2}
     assert seen(top_k=2, top_p=0.7, min_p=0.1) == {0, 1}
+
+
+def test_top_p_takes_tokens_for_equally_likely_whose_logits_differ_by_less_than_a_unit() -> None:
+    rows = sample_rows([row_bytes(seed=0, temperature=1.0, top_p=0.1)] * 2, [1] * 2)
+    logits = torch.tensor([[-1e-30, 0.0], [-1e-6, 0.0]])
+    assert choose(logits, rows).tolist() == choose_reference(logits, rows).tolist() == [0, 1]
 
 
 # ----------------------------------------------------------------------------------------------- penalties, naively

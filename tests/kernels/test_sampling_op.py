@@ -77,7 +77,7 @@ def test_log_probabilities_equal_plain_torch(isa: str, vocab_size: int, scale: f
     logits = random_logits(9, vocab_size, scale)
     chance = random.Random(vocab_size)
     rows, tokens = chance.choices(range(9), k=12), chance.choices(range(vocab_size), k=12)
-    for num_top in {0, 1, min(16, vocab_size), min(256, vocab_size), min(4096, vocab_size)}:
+    for num_top in {0, 1, 16, 256, 4096}:
         out = top_logprobs(logits, rows, tokens, num_top=num_top)
         expected = top_logprobs_reference(logits, rows, tokens, num_top=num_top)
         assert are_equal(out, expected)
@@ -154,7 +154,7 @@ def test_arguments_that_would_read_outside_the_logits_are_refused() -> None:
         top_logprobs(logits, [2], [0], num_top=1)
     with pytest.raises(ValueError, match="token ids are"):
         top_logprobs(logits, [0], [8], num_top=1)
-    with pytest.raises(ValueError, match="num_top is 9"):
-        top_logprobs(logits, [0], [0], num_top=9)
+    with pytest.raises(ValueError, match="num_top is -1"):
+        top_logprobs(logits, [0], [0], num_top=-1)
     with pytest.raises(ValueError, match="temperature is nan"):
         row_bytes(seed=0, temperature=NAN)
