@@ -189,7 +189,7 @@ class Merger:
         self._vocab_size = vocab_size
         self._tokens, self._parents = np.empty((2, max(num_slots * max_nodes, 1)), np.int32)
         self._ends = np.empty(num_slots, np.int32)
-        self._figures = np.zeros(3)
+        self._figures = np.zeros(2)
         self._kept_alive = (*greedy, *sampled)
         self._cells = (_Cells * len(self._kept_alive))(*(_addresses_of(cells) for cells in self._kept_alive))
         self._rule = (_DOUBLE * (len(rule) - 1 + WIDTH))(*rule[:-1], *rule.rank_probs)
@@ -238,7 +238,7 @@ class Merger:
             )
         num_requests = len(asked.slots_B)
         end = int(self._ends[num_requests - 1]) if num_requests else 0
-        _, expected_tokens, num_judged = self._figures.tolist()
+        expected_tokens, num_judged = self._figures.tolist()
         return Merged(
             self._tokens[:end], self._parents[:end], self._ends[:num_requests], expected_tokens, int(num_judged)
         )

@@ -122,7 +122,7 @@ struct Plan {
     const Cells* cells;  // [2, kNumDrafters]: at temperature 0, above it
     const double* step_s;
     int32_t *tokens, *parents, *ends;
-    double* figures;  // out: nodes chosen, expected tokens, candidates judged
+    double* figures;  // out: expected tokens, candidates judged
 };
 
 struct Merger {
@@ -332,7 +332,7 @@ std::vector<Place> by_survival(const Plan& plan, const Merger& merger) {
     return places;
 }
 
-// How many of the places are worth verifying together; writes the figures.
+// How many of the places are worth verifying together; writes how many tokens the step should give with them.
 size_t best_number(const Plan& plan, const std::vector<Place>& places) {
     const size_t most = std::min(places.size(), size_t(plan.max_step_nodes));
     double tokens = plan.num_choosing, best_tokens = tokens;
@@ -347,8 +347,7 @@ size_t best_number(const Plan& plan, const std::vector<Place>& places) {
             best_tokens = tokens;
         }
     }
-    plan.figures[0] = double(best);
-    plan.figures[1] = best_tokens;
+    plan.figures[0] = best_tokens;
     return best;
 }
 
@@ -446,7 +445,7 @@ int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address) {
         slot.text.extend(tokens, plan.new_ends[request] - first);
         Growth(plan, request, merger).run();
     }
-    plan.figures[2] = double(num_trials);
+    plan.figures[1] = double(num_trials);
     const std::vector<Place> places = by_survival(plan, merger);
     write_trees(plan, merger, places, best_number(plan, places));
     return -1;
