@@ -66,14 +66,14 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 1
 
 
-def _pruned(target: str) -> Recipe:
-    """For either target the dense model's first, fourth and last layer, which say together what six of them did."""
-    return Recipe(target=target, start="mix-dense-6m", layers=(0, 3, 5), answers_per_domain=4000, num_steps=1500)
+def _pruned(target: str, layers: tuple[int, ...]) -> Recipe:
+    """Some of the target's own layers, trained to say together what all of them do."""
+    return Recipe(target=target, start=target, layers=layers, answers_per_domain=4000, num_steps=1500)
 
 
 RECIPES = (
-    _pruned("mix-moe-11m"),
-    _pruned("mix-dense-6m"),
+    _pruned("mix-moe-11m", layers=(0, 1, 3)),
+    _pruned("mix-dense-6m", layers=(0, 3, 5)),
     Recipe(target="mix-moe-11m", start="draft-2m-sibling"),
     Recipe(target="mix-dense-6m", start="draft-2m-sibling"),
 )

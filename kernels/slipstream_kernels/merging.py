@@ -2,8 +2,10 @@
 
     candidate          a token that a drafter proposes behind a node of a tree
     survival           how often such candidates are accepted where their parent is (`slipstream.drafting.survival`)
-    merged survival    of all that propose one token behind one node: 1 - product of (1 - survival), siblings' sum cut
-                       down to 1; then what such numbers turned out to be worth, which is learned like any drafter's
+    merged survival    of all that propose one token behind one node the largest, siblings' sum cut down to 1; then what
+                       such numbers turned out to be worth where the same sources proposed the token, which is learned
+                       like any drafter's
+    source             the chain, Token Recycling, or look-ups
     survival of a path the product from the root down
 
 Candidates behind a node come from a drafted chain and from look-ups as far as the path reads as they do, and from the
@@ -47,7 +49,7 @@ class Curve(Protocol):
 
 
 class Cells(Protocol):
-    """Estimates and counts of one drafter, float64 [8 ranks, 8 depths, levels]; they stay where they are."""
+    """Estimates and counts of one drafter, float64 [8 ranks, 8 places, levels]; they stay where they are."""
 
     said: Float64
     new_tried: Float64

@@ -11,9 +11,11 @@ is a trial, verified or not (`outcomes`): the budget may prune by these estimate
 Under a rule that rejects, only verified nodes are tried (`trials`). Estimates belong to the shapes that were drafted:
 those of a forced shape do not transfer.
 
-Counts of tried and accepted nodes are kept in cells of rank x depth x what the drafter itself says of a candidate: how
-long its match was (look-ups), or how likely it finds it (models). They forget exponentially. A cell with little
-evidence leans on that of all depths, which leans on that of its rank. Over what the drafter says, estimates then follow
+Counts of tried and accepted nodes are kept in cells of rank x place x what the drafter itself says of a candidate: how
+long its match was (look-ups), or how likely it finds it (models). The place is the depth; of candidates that several
+sources may propose, it is which of them do: a token that the draft model and a look-up agree on is worth more than
+either says, and one that the draft model passes over is worth less. They forget exponentially. A cell with little
+evidence leans on that of all places, which leans on that of its rank. Over what the drafter says, estimates then follow
 the nearest rising curve (isotonic regression, Barlow et al., 1972): that a longer match or a likelier token is accepted
 no less often is all that can be trusted of it. Memory is fixed: 32 KiB a drafter.
 
@@ -48,7 +50,7 @@ NUM_RANKS = 8
 _DEPTHS = np.array([0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7])
 """Cell of each depth (index); 13 and deeper are one."""
 
-_NUM_DEPTHS = 8
+_NUM_PLACES = 8
 
 _MATCHES = np.array([0, 0, 1, 2, 2, 3, 3, 3, 3, *[4] * 8, *[5] * 16, 6])
 """Cell of each match length (index): 1, 2, 3-4, 5-8, 9-16, 17-32, longer."""
@@ -77,12 +79,19 @@ class NodeFeatures(msgspec.Struct, frozen=True):
     """What is known of X nodes before their tokens are drawn, integer arrays of any shape.
 
     `ranks_X` is the order among siblings of the same drafter from 0, `depths_X` 1 for children of the root,
-    `match_lengths_X` what a look-up found; drafters that look nothing up may give zeros.
+    `match_lengths_X` what a look-up found; drafters that look nothing up may give zeros. `sources_X` stands for the
+    depth in those of merged candidates: 1 if the chain proposes it, plus 2 for Token Recycling, plus 4 for a look-up.
     """
 
     ranks_X: Int32
     depths_X: Int32
     match_lengths_X: Int32
+    sources_X: Int32 | None = None
+
+    def of(self, nodes: Bool) -> NodeFeatures:
+        """Those of some nodes."""
+        sources_X = None if self.sources_X is None else self.sources_X[nodes]
+        return NodeFeatures(self.ranks_X[nodes], self.depths_X[nodes], self.match_lengths_X[nodes], sources_X)
 
 
 class Trials(msgspec.Struct, frozen=True):
@@ -210,7 +219,7 @@ class SurvivalModel:
         tried = result.is_trial_X
         if not tried.any():
             return
-        features = NodeFeatures(features.ranks_X[tried], features.depths_X[tried], features.match_lengths_X[tried])
+        features = features.of(tried)
         if scores_X is None:
             cells, levels = self._matching.get(drafter), _match_levels(features)
         else:
@@ -241,9 +250,9 @@ class SurvivalModel:
 
 
 class Cells:
-    """Counts and estimates of one drafter, by rank, depth and level: what it says of a candidate, as a small number.
+    """Counts and estimates of one drafter, by rank, place and level: what it says of a candidate, as a small number.
 
-    float64 arrays [ranks, depths, levels] that stay where they are: `said`, the estimates; `new_tried` and
+    float64 arrays [ranks, places, levels] that stay where they are: `said`, the estimates; `new_tried` and
     `new_accepted`, what was counted since they were made; and `curve`.
     """
 
@@ -251,7 +260,7 @@ class Cells:
         if window_trials < 1:
             raise ValueError(f"window_trials is {window_trials}, expected at least 1")
         self._keep_ratio = 1 - 1 / window_trials
-        shape = (NUM_RANKS, _NUM_DEPTHS, num_levels)
+        shape = (NUM_RANKS, _NUM_PLACES, num_levels)
         self._tried, self._accepted, self.new_tried, self.new_accepted, self.said = np.zeros((5, *shape))
         self.curve = CalibrationCurve()
         self.forget()
@@ -317,9 +326,11 @@ class Cells:
 
 
 def _shape_cells(features: NodeFeatures) -> NDArray[np.intp]:
-    depths_X: NDArray[np.intp] = _DEPTHS.take(features.depths_X, mode="clip")
+    places_X = features.sources_X
+    if places_X is None:
+        places_X = _DEPTHS.take(features.depths_X, mode="clip")
     ranks_X: NDArray[np.intp] = np.minimum(features.ranks_X, NUM_RANKS - 1).astype(np.intp)
-    return ranks_X * _NUM_DEPTHS + depths_X
+    return ranks_X * _NUM_PLACES + places_X
 
 
 def _match_levels(features: NodeFeatures) -> NDArray[np.intp]:

@@ -12,6 +12,7 @@ from slipstream_kernels.adjacency import Adjacency
 from slipstream_kernels.recycling import DEFAULT_RULE, candidates_reference
 
 MATCHING = ("lookup", "pool")
+SOURCES = {"chain": 1, "recycling": 2, "lookup": 4, "pool": 4}
 
 
 class Continued(NamedTuple):
@@ -38,6 +39,7 @@ class Proposed(NamedTuple):
     depth: int
     score: float
     match_length: int
+    sources: int | None = None
 
 
 class Node(NamedTuple):
@@ -62,7 +64,8 @@ class Request(NamedTuple):
 
 def survival_of(model: SurvivalModel, one: Proposed) -> float:
     """What the model says of a candidate."""
-    features = NodeFeatures(*(np.array([number], np.int32) for number in (one.rank, one.depth, one.match_length)))
+    numbers = [np.array([number], np.int32) for number in (one.rank, one.depth, one.match_length)]
+    features = NodeFeatures(*numbers, None if one.sources is None else np.array([one.sources], np.int32))
     if one.drafter in MATCHING:
         return float(model.forecast(one.drafter, features)[0])
     return float(model.read(one.drafter, features, np.array([one.score]))[0])
@@ -97,16 +100,18 @@ def proposals(request: Request, path: tuple[int, ...]) -> list[Proposed]:
 
 def merged(model: SurvivalModel, found: Sequence[Proposed]) -> list[tuple[Proposed, float]]:
     """The tokens proposed behind one node, as candidates of the drafter `merged`, with their survivals."""
-    missing: dict[int, float] = {}
+    largest: dict[int, float] = {}
+    sources: dict[int, int] = {}
     for one in found:
-        missing[one.token] = missing.get(one.token, 1.0) * (1.0 - survival_of(model, one))
-    claimed = sum(1.0 - number for number in missing.values())
+        largest[one.token] = max(largest.get(one.token, 0.0), survival_of(model, one))
+        sources[one.token] = sources.get(one.token, 0) | SOURCES[one.drafter]
+    claimed = sum(largest.values())
     scale = 1.0 / claimed if claimed > 1.0 else 1.0
-    ordered = sorted(missing.items(), key=lambda pair: pair[1])
+    ordered = sorted(largest.items(), key=lambda pair: -pair[1])
     depth = found[0].depth if found else 0
     together = [
-        Proposed("merged", token, rank, depth, (1.0 - number) * scale, 0)
-        for rank, (token, number) in enumerate(ordered)
+        Proposed("merged", token, rank, depth, survival * scale, 0, sources[token])
+        for rank, (token, survival) in enumerate(ordered)
     ]
     return [(one, survival_of(model, one)) for one in together]
 

@@ -16,13 +16,13 @@ enum Drafter : int32_t { kChain, kRecycling, kLookup, kPool, kMerged, kNumDrafte
 
 // What the candidates of one drafter are worth at one kind of temperature: `merging.Cells`, field by field.
 struct Cells {
-    const double* survivals;   // [ranks, depths, levels]: estimates
+    const double* survivals;   // [ranks, places, levels]: estimates
     double *tried, *accepted;  // the same shape: counts since the estimates were made
     double* curve;             // [3, kNumBins]: trials, the sum of their predictions, accepted
     int64_t num_levels;
 };
 
-constexpr int32_t kNumRanks = 8, kNumDepths = 8, kNumBins = 20;
+constexpr int32_t kNumRanks = 8, kNumPlaces = 8, kNumBins = 20;
 constexpr int32_t kMaxContinuations = 4;  // of a look-up
 constexpr int32_t kMaxCandidates = 1 + kWidth + 2 * kMaxContinuations;
 constexpr int32_t kDepthCells[] = {0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7};
@@ -32,6 +32,11 @@ int32_t score_level(double score) {
     int32_t level = 0;
     for (const double edge : kScoreEdges) level += score >= edge;  // a NaN is below all
     return level;
+}
+
+int32_t place_of(int32_t depth) {
+    constexpr int32_t kLast = int32_t(sizeof kDepthCells / sizeof *kDepthCells) - 1;
+    return kDepthCells[std::min(depth, kLast)];
 }
 
 int32_t match_level(int32_t length) {
@@ -179,7 +184,8 @@ class Growth {
     struct Meeting {
         int32_t token;
         uint32_t agreeing;
-        double missing;  // the probability that all who propose it are wrong, were they independent
+        int32_t sources;  // who proposes it: 1 the chain, 2 Token Recycling, 4 a look-up
+        double survival;  // the largest of theirs
     };
 
     void add_texts(Drafter drafter, int32_t number) {
@@ -241,16 +247,16 @@ class Growth {
     }
 
     void propose(int32_t drafter, int32_t token, int32_t rank, int32_t depth, int32_t level, uint32_t bit) {
-        const double survival = note(drafter, token, rank, depth, level);
+        const double survival = note(drafter, token, rank, place_of(depth), level);
         Meeting& meeting = meeting_of(token);
         meeting.agreeing |= bit;
-        meeting.missing *= 1.0 - survival;
+        meeting.sources |= 1 << std::min(drafter, int32_t(kLookup));
+        meeting.survival = std::max(meeting.survival, survival);
     }
 
     // Remember a candidate and its cell; its survival.
-    double note(int32_t drafter, int32_t token, int32_t rank, int32_t depth, int32_t level) {
-        const int32_t last = int32_t(sizeof kDepthCells / sizeof *kDepthCells) - 1;
-        const int32_t row = std::min(rank, kNumRanks - 1) * kNumDepths + kDepthCells[std::min(depth, last)];
+    double note(int32_t drafter, int32_t token, int32_t rank, int32_t place, int32_t level) {
+        const int32_t row = std::min(rank, kNumRanks - 1) * kNumPlaces + place;
         const int32_t cell = row * int32_t(cells_[drafter].num_levels) + level;
         const double survival = cells_[drafter].survivals[cell];
         slot_.proposals.push_back({token, drafter, cell, survival});
@@ -261,21 +267,20 @@ class Growth {
         for (int32_t one = 0; one < num_meetings_; ++one) {
             if (meetings_[one].token == token) return meetings_[one];
         }
-        return meetings_[num_meetings_++] = {token, 0, 1.0};
+        return meetings_[num_meetings_++] = {token, 0, 0, 0.0};
     }
 
     // At most one of several siblings is accepted: what they claim together is cut down to 1.
     void merge(int32_t parent, int32_t depth) {
         double claimed = 0.0;
-        for (int32_t one = 0; one < num_meetings_; ++one) claimed += 1.0 - meetings_[one].missing;
+        for (int32_t one = 0; one < num_meetings_; ++one) claimed += meetings_[one].survival;
         const double scale = claimed > 1.0 ? 1.0 / claimed : 1.0;
         std::stable_sort(meetings_, meetings_ + num_meetings_,
-                         [](const Meeting& one, const Meeting& other) { return one.missing < other.missing; });
+                         [](const Meeting& one, const Meeting& other) { return one.survival > other.survival; });
         const Node above = slot_.nodes[size_t(parent)];
         for (int32_t rank = 0; rank < num_meetings_; ++rank) {
             const Meeting& meeting = meetings_[rank];
-            const int32_t level = score_level((1.0 - meeting.missing) * scale);
-            note(kMerged, meeting.token, rank, depth, level);
+            note(kMerged, meeting.token, rank, meeting.sources, score_level(meeting.survival * scale));
             double& own = slot_.proposals.back().survival;
             own = slot_.predictability.corrected(own);
             const double survival = above.survival * own;
