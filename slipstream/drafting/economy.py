@@ -43,12 +43,15 @@ class Economy:
         self._overhead = Overhead()
         self._load = StepLoad(0, 0, 0.0)
         self._mode = Mode.OFF
+        self._is_typical = False
         self._expected_pass_s = self._plain_s = 1.0
 
     def choose(self, load: StepLoad, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step."""
         self._load = load
         self._mode = Mode.OFF
+        # The last step of a request, which has no use for a draft, does more than others beside its pass.
+        self._is_typical = load.num_rows == load.num_choosing and (has_floor or has_chain)
         if has_floor or has_chain:
             self._mode = self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
         return self._mode
@@ -84,11 +87,12 @@ class Economy:
     def settle(self, took: Took, *, is_counted: bool) -> None:
         """What became of the step.
 
-        What it took beside its pass is all that drafting costs, wherever it is spent. Steps that read prompts are left
-        out; a plain step is told to `modes` only if it `is_counted`, since predicting it for that costs time.
+        What it took beside its pass is all that drafting costs, wherever it is spent. Steps that read prompts, and
+        those in which nobody could draft, are left out; a plain step is told to `modes` only if it `is_counted`, since
+        predicting it for that costs time.
         """
         load, mode = self._load, self._mode
-        if load.num_rows != load.num_choosing:
+        if not self._is_typical:
             return
         if took.is_usual:
             self._overhead.observe(mode, load.num_choosing, took.step_s - took.pass_s)

@@ -36,7 +36,7 @@ Source = Literal["chain", "recycling", "lookup", "pool"]
 
 ALL_SOURCES: tuple[Source, ...] = ("chain", "recycling", "lookup", "pool")
 
-_WINDOW_TRIALS = {"chain": 1_000, "lookup": 1_000, "pool": 1_000, "recycling": 8_000, "merged": 8_000}
+_WINDOW_TRIALS = {"chain": 3_000, "lookup": 3_000, "pool": 3_000, "recycling": 24_000, "merged": 24_000}
 _MATCHING = ("lookup", "pool")
 
 CATCH_UP_WINDOW = 64

@@ -45,10 +45,10 @@ _FIRST_PATIENCE = 2
 _LEAST_GAIN = 1.02
 """What drafting must gain: less than that does not pay for being wrong."""
 
-_KEPT = 0.99
-"""What older steps still count for with every new one: the last hundred count."""
+_KEPT = 0.997
+"""What older steps still count for with every new one: the last few hundred count, which are several requests."""
 
-_STALE_RATIO = 2.0
+_STALE_RATIO = 4.0
 """Before a trial, all that is known of its mode counts as much as the steps of so many trials."""
 
 _PLAIN_STEPS_AT_FIRST = 20.0

@@ -91,7 +91,7 @@ def test_a_mode_that_stops_to_gain_is_left() -> None:
 def test_a_trial_that_does_better_goes_on_until_it_has_convinced() -> None:
     modes = Modes()
     taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: 1.2}, num_steps=2 * first_steps(1))
-    chosen = taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.2}, num_steps=1_000)
+    chosen = taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.2}, num_steps=3_000)
     first = chosen.index(Mode.FLOOR)
     assert chosen[first : first + trial_steps(1) + 1] == [Mode.FLOOR] * (trial_steps(1) + 1)
     assert chosen[first : first + 4 * trial_steps(1)].count(Mode.FLOOR) > trial_steps(1)
