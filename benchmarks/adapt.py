@@ -108,7 +108,7 @@ def place(name: str) -> Path | None:
 
 
 def adapted_draft(recipe: Recipe) -> tuple[Path, Adapted]:
-    """The draft that this recipe makes: what lies under `results/models`, or made now (minutes of one core).
+    """The draft that this recipe makes: what lies under `results/models`, or made now: a quarter of an hour of a core.
 
     Raises FileNotFoundError if one of its models or the query sets are not on this machine.
     """

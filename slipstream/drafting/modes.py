@@ -1,12 +1,12 @@
 """Which drafters take part in a step: none, those that cost next to nothing, or the draft model as well.
 
 The gain of a mode is what its steps really gave: tokens over the number of plain steps that they took as long as. It is
-remembered per mode and size of the batch, to a factor of two; a size without any goes by the next one. A step is taken
-in the mode with the largest gain; speculation is off where none is much above that of plain steps. Every mode is
-compared only after steps enough to tell. Now and then another one is tried, because text, drafts and load change, and
-because what is known of it may have been bad luck: the less it seems to lose beside the best, the more often, such that
-trials of a mode cost a fixed small share of all time. While speculation is off, trials are all it costs; while it is
-on, a plain step now and then keeps what plain steps cost known.
+remembered per mode and size of the batch, to a factor of two. A step is taken in the mode with the largest gain;
+speculation is off where none is much above that of plain steps. Every mode is compared only after steps enough to tell
+at the size at hand; what is known of the next size only prices nodes until then. Now and then another mode is tried,
+because text, drafts and load change, and because what is known of it may have been bad luck: the less it seems to lose
+beside the best, the more often, such that trials of a mode cost a fixed small share of all time. While speculation is
+off, trials are all it costs; while it is on, a plain step now and then keeps what plain steps cost known.
 """
 
 from __future__ import annotations
@@ -177,11 +177,11 @@ class Modes:
         return best
 
     def _is_known(self, size: int, mode: Mode) -> bool:
-        """Whether a mode has had its first steps at this size, or at one next to it."""
+        """Whether a mode has had its first steps at this size."""
         if self._num_taken[size, mode] >= _FIRST_PATIENCE * first_steps(size):
             return True
-        found = ((near, self._evidence.get((near, mode))) for near in _near(size))
-        return any(one is not None and one.num_steps >= first_steps(near) for near, one in found)
+        own = self._evidence.get((size, mode))
+        return own is not None and own.num_steps >= first_steps(size)
 
     def _gain_at(self, size: int, mode: Mode) -> float:
         """What is known of a mode at this size, or at one next to it; 1 if nothing is."""
