@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def address_of(array: NDArray[Any]) -> int:
-    """Of a C-contiguous array that outlives the call it is passed to; 0 for an empty one.
+    """Of a C-contiguous array that outlives the call it is passed to, else TypeError; 0 for an empty one.
 
     Takes a quarter of the time of `array.ctypes.data`, which dozens of arrays in every step would wait for.
     """
@@ -17,5 +17,7 @@ def address_of(array: NDArray[Any]) -> int:
         return 0
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(array))
-    except TypeError:  # it is read-only
-        return array.ctypes.data
+    except TypeError:
+        if not array.flags.c_contiguous:
+            raise
+        return array.ctypes.data  # it is read-only

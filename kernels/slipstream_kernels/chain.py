@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from slipstream_kernels.merging import Chains
 from slipstream_kernels.sampling import SampleRows
 
 Int32 = NDArray[np.int32]
+Float64 = NDArray[np.float64]
 
 
 class _ChainPlan(ctypes.Structure):
@@ -20,8 +22,24 @@ class _ChainPlan(ctypes.Structure):
         ("num_requests", ctypes.c_int32),
         ("width", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("slots", "max_tokens", "bases", "draws", "tokens", "scores", "lengths")),
-        ("min_path", ctypes.c_double),
+        ("min_survival", ctypes.c_double),
+        ("pass_tokens", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("greedy_survivals", "sampled_survivals")),
     ]
+
+
+class ChainWorth(NamedTuple):
+    """When chains end: one whose tokens' survivals have a product below `min_survival`, and all of them once these
+    products, less that, add up to less than the `pass_tokens` that the next pass costs: who drafts with others pays
+    for a pass together.
+
+    Survivals float64 [8 places, score levels], at temperature 0 and above it (`slipstream.drafting.survival`).
+    """
+
+    min_survival: float
+    pass_tokens: float
+    greedy: Float64
+    sampled: Float64
 
 
 def draft_chains(
@@ -32,16 +50,17 @@ def draft_chains(
     max_tokens_B: Int32,
     bases_B: Int32,
     draws_B: SampleRows,
-    min_path: float,
+    worth: ChainWorth | None = None,
 ) -> Chains:
     """Chains of at most `max_tokens_B` tokens (each at least 1), token after token, with the requests' noise.
 
     `first` is the pass that brings the cache level with the B requests in `slots_B`, and asks for a row of logits for
     each, in order. Drafted tokens are computed in place behind it, all but the last. `draws_B` are at the position of
-    the first one; positions of the cache count from `bases_B`. A chain ends early once the product of its scores, what
-    the draft's softmax gives its tokens, is below `min_path`.
+    the first one; positions of the cache count from `bases_B`. Scores are what the draft's softmax gives its tokens; a
+    chain ends early once it is not `worth` going on.
     """
     num_requests, width = len(slots_B), int(max_tokens_B.max())
+    price = (0.0, 0.0, None, None) if worth is None else (*worth[:2], *map(address_of, worth[2:]))
     chains = Chains(
         np.empty((num_requests, width), np.int32), np.empty((num_requests, width)), np.empty(num_requests, np.int32)
     )
@@ -49,7 +68,7 @@ def draft_chains(
         num_requests,
         width,
         *(address_of(array) for array in (slots_B, max_tokens_B, bases_B, draws_B, *chains)),
-        min_path,
+        *price,
     )
     decoder.draft_chain(first, ctypes.addressof(plan))
     return chains

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.drafting.drafter import DraftContext
+from slipstream.drafting.survival import Float64, survival_in_chain
 from slipstream.drafting.tree import NO_DRAFT, DraftTree, chain_tree
 from slipstream.engine.blocks import blocks_for
 from slipstream.engine.decoders import open_decoder
@@ -17,7 +18,7 @@ from slipstream.engine.native_decoder import NativeDecoder
 from slipstream.engine.plan import NO_NODE, Int32, StepPlan
 from slipstream.engine.sampling import draft_rows, draft_tokens
 from slipstream.models.checkpoint import Checkpoint
-from slipstream_kernels.chain import draft_chains
+from slipstream_kernels.chain import ChainWorth, draft_chains
 from slipstream_kernels.merging import Chains
 
 
@@ -80,10 +81,10 @@ class ChainDrafter:
             for ids, length in zip(token_ids_BD.tolist(), lengths_B.tolist(), strict=True)
         ]
 
-    def draft(self, contexts: Sequence[DraftContext], *, max_tokens: int, min_path: float = 0.0) -> Chains:
+    def draft(self, contexts: Sequence[DraftContext], *, max_tokens: int, worth: ChainWorth | None = None) -> Chains:
         """A chain per context, in order, of length 0 where none is possible yet.
 
-        A chain ends once the product of its scores, what the draft's softmax gives its tokens, is below `min_path`.
+        A chain ends once it is not `worth` going on.
         """
         for context in contexts:
             self._begin_anew_if_far_behind(context, max_tokens)
@@ -103,7 +104,7 @@ class ChainDrafter:
                 self._decoder.forward(plan)
             return no_chains(len(contexts))
         chains = self._draft_level(
-            [contexts[index] for index in level], [limits[index] for index in level], plan, min_path
+            [contexts[index] for index in level], [limits[index] for index in level], plan, worth
         )
         for index, length in zip(level, chains.lengths_B.tolist(), strict=True):
             # The last token drafted is not computed.
@@ -146,7 +147,7 @@ class ChainDrafter:
         return level, self._plan(ids, positions, slots, wanted=wanted)
 
     def _draft_level(
-        self, contexts: Sequence[DraftContext], limits: Sequence[int], first: StepPlan, min_path: float
+        self, contexts: Sequence[DraftContext], limits: Sequence[int], first: StepPlan, worth: ChainWorth | None
     ) -> Chains:
         draws_B = draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts])
         slots = [one.slot for one in contexts]
@@ -159,12 +160,12 @@ class ChainDrafter:
                 max_tokens_B=limits_B,
                 bases_B=np.array([self._bases[slot] for slot in slots], np.int32),
                 draws_B=draws_B,
-                min_path=min_path,
+                worth=worth,
             )
-        return self._draft_by_steps(contexts, limits_B, first, min_path)
+        return self._draft_by_steps(contexts, limits_B, first, worth)
 
     def _draft_by_steps(
-        self, contexts: Sequence[DraftContext], limits_B: Int32, plan: StepPlan, min_path: float
+        self, contexts: Sequence[DraftContext], limits_B: Int32, plan: StepPlan, worth: ChainWorth | None
     ) -> Chains:
         """What `draft_chains` does, with a read of the device for every token."""
         chains = no_chains(len(contexts), width=int(limits_B.max()))
@@ -180,8 +181,9 @@ class ChainDrafter:
             scores = _shares(logits_BV, chosen, [one.temperature for one in draws])
             chains.scores_BD[growing, lengths] = scores
             chains.lengths_B[growing] += 1
-            paths_B[growing] *= scores
-            growing = [one for one in growing if chains.lengths_B[one] < limits_B[one] and paths_B[one] >= min_path]
+            growing = [one for one in growing if chains.lengths_B[one] < limits_B[one]]
+            if worth is not None:
+                growing = _worth_going_on(contexts, chains, paths_B, growing, worth)
             if growing:
                 places = [
                     len(contexts[one].token_ids) - self._bases[contexts[one].slot] + int(chains.lengths_B[one]) - 1
@@ -211,6 +213,20 @@ class ChainDrafter:
 def no_chains(number: int, *, width: int = 1) -> Chains:
     """So many chains of length 0, with room for `width` tokens each."""
     return Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
+
+
+def _worth_going_on(
+    contexts: Sequence[DraftContext], chains: Chains, paths_B: Float64, growing: Sequence[int], worth: ChainWorth
+) -> list[int]:
+    """Which of the growing chains have another token; `paths_B` takes in their newest ones."""
+    for one in growing:
+        depth = int(chains.lengths_B[one])
+        estimates_PL = worth.sampled if contexts[one].sampling.temperature else worth.greedy
+        score = float(chains.scores_BD[one, depth - 1])
+        paths_B[one] *= survival_in_chain(estimates_PL, depth=depth, score=score)
+    left = [one for one in growing if paths_B[one] >= worth.min_survival]
+    promised = sum(float(paths_B[one]) - worth.min_survival for one in left)
+    return left if promised >= worth.pass_tokens else []
 
 
 def _shares(logits_BV: Tensor, token_ids_B: Tensor, temperatures: Sequence[float]) -> NDArray[np.float64]:

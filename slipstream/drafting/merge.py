@@ -29,6 +29,7 @@ from slipstream.drafting.tree import DraftTree, trees_of
 from slipstream.engine.sampling import draft_rows
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 from slipstream_kernels.adjacency import Adjacency
+from slipstream_kernels.chain import ChainWorth
 from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Int32, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
 
@@ -106,7 +107,7 @@ class MergedDrafter:
         )
         self._num_known = [0] * num_slots
         self._mode = Mode.OFF
-        self._token_s: dict[int, float] = {}
+        self._pass_s: dict[int, float] = {}
         self._was_level = True
         self._is_listening = True
         self._num_steps = 0
@@ -246,12 +247,12 @@ class MergedDrafter:
             drafted = drafter.draft(
                 [contexts[row] for row in rows],
                 max_tokens=min(width, self.options.fixed_nodes or width),
-                min_path=self._min_path(price, num_drafting=len(rows)),
+                worth=self._worth(price, num_drafting=len(rows)),
             )
             if drafter.was_level:
                 spent_s = time.perf_counter() - started
                 key = len(rows).bit_length()
-                self._token_s[key] = _towards(spent_s / int(drafted.lengths_B.max()), self._token_s.get(key))
+                self._pass_s[key] = _towards(spent_s / int(drafted.lengths_B.max()), self._pass_s.get(key))
             self._was_level &= drafter.was_level
             drafted_width = drafted.token_ids_BD.shape[1]
             chains.token_ids_BD[rows, :drafted_width] = drafted.token_ids_BD
@@ -261,11 +262,11 @@ class MergedDrafter:
                 versions[row] = drafter.version
         return chains, versions
 
-    def _min_path(self, price: Price, *, num_drafting: int) -> float:
-        """How likely a chain must be accepted so far for its next token to be worth drafting and verifying."""
-        # What a token takes is shared by all that draft one at the same time.
-        token_s = self._token_s.get(num_drafting.bit_length(), 0.0) / num_drafting
-        return min(price.min_survival + price.token_rate * token_s, LARGEST_BAR)
+    def _worth(self, price: Price, *, num_drafting: int) -> ChainWorth:
+        """When so many requests that draft together had better stop."""
+        pass_s = self._pass_s.get(num_drafting.bit_length(), 0.0)
+        estimates = (model.cells("chain").said[0] for model in (self.greedy, self.sampled))
+        return ChainWorth(price.min_survival, min(price.token_rate * pass_s, LARGEST_BAR), *estimates)
 
     def _limits(self, contexts: Sequence[DraftContext]) -> tuple[list[Adjacency], Int32]:
         """The matrices, and a line per context: which of them, its last token, and how large its tree may be."""

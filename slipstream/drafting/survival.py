@@ -75,6 +75,12 @@ NUM_SCORE_LEVELS = len(_SCORE_EDGES) + 1
 _NONE: Mapping[str, int] = MappingProxyType({})
 
 
+def survival_in_chain(estimates_PL: Float64, *, depth: int, score: float) -> float:
+    """What the estimates [places, levels] of a chain's cells say of its token at this depth, which it scores so."""
+    level = int(np.searchsorted(_SCORE_EDGES, np.nan_to_num(score, nan=0.0), side="right"))
+    return float(estimates_PL[_DEPTHS[min(depth, len(_DEPTHS) - 1)], level])
+
+
 class NodeFeatures(msgspec.Struct, frozen=True):
     """What is known of X nodes before their tokens are drawn, integer arrays of any shape.
 

@@ -5,6 +5,7 @@
 #include "decoder.h"
 #include "export.h"
 #include "sampling.h"
+#include "survival.h"
 
 namespace SLIPSTREAM_ISA {
 namespace {
@@ -18,8 +19,15 @@ struct ChainPlan {
     int32_t* tokens;         // out [B, width]
     double* scores;          // out [B, width]: what the draft's softmax gives each token
     int32_t* lengths;        // out [B]
-    double min_path;         // a chain whose product of scores is below this one is not continued
+    double min_survival;     // a chain whose product of survivals is below this one is not continued
+    double pass_tokens;      // what a pass costs, in tokens: none is made that promises less above min_survival
+    const double* survivals[2];  // at temperature 0, above it: [places, score levels]; null: the scores themselves
 };
+
+double survival_of(const ChainPlan& chain, double temperature, int32_t depth, double score) {
+    const double* const estimates = chain.survivals[temperature != 0.0];
+    return estimates == nullptr ? score : estimates[place_of(depth) * kNumScoreLevels + score_level(score)];
+}
 
 // Rows of the passes behind the first: each growing chain's newest token, at its own position.
 class Rows {
@@ -73,6 +81,7 @@ void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, fl
     decoder.forward(first, logits, nullptr);
     while (true) {
         next.clear();
+        double promised = 0.0;
         for (int32_t row = 0; row < growing.number(); ++row) {
             const int32_t request = growing.request(row), length = chain.lengths[request];
             const float* const own = logits + int64_t(row) * vocab_size;
@@ -83,12 +92,13 @@ void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, fl
             chain.tokens[int64_t(request) * chain.width + length] = token;
             chain.scores[int64_t(request) * chain.width + length] = score;
             chain.lengths[request] = length + 1;
-            paths[size_t(request)] *= score;
-            if (length + 1 < chain.max_tokens[request] && paths[size_t(request)] >= chain.min_path) {
+            paths[size_t(request)] *= survival_of(chain, draw.temperature, length + 1, score);
+            if (length + 1 < chain.max_tokens[request] && paths[size_t(request)] >= chain.min_survival) {
+                promised += paths[size_t(request)] - chain.min_survival;
                 next.add(request, chain.slots[request], token, draw.position - chain.bases[request]);
             }
         }
-        if (next.number() == 0) return;
+        if (next.number() == 0 || promised < chain.pass_tokens) return;
         std::swap(growing, next);
         decoder.forward(growing.plan(first), logits, nullptr);
     }

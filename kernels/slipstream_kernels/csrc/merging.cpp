@@ -7,6 +7,7 @@
 #include "export.h"
 #include "lookup.h"
 #include "recycling.h"
+#include "survival.h"
 
 namespace SLIPSTREAM_ISA {
 namespace {
@@ -22,23 +23,9 @@ struct Cells {
     int64_t num_levels;
 };
 
-constexpr int32_t kNumRanks = 8, kNumPlaces = 8, kNumBins = 20;
+constexpr int32_t kNumRanks = 8, kNumBins = 20;
 constexpr int32_t kMaxContinuations = 4;  // of a look-up
 constexpr int32_t kMaxCandidates = 1 + kWidth + 2 * kMaxContinuations;
-constexpr int32_t kDepthCells[] = {0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7};
-constexpr double kScoreEdges[] = {0.01, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97};
-
-int32_t score_level(double score) {
-    int32_t level = 0;
-    for (const double edge : kScoreEdges) level += score >= edge;  // a NaN is below all
-    return level;
-}
-
-int32_t place_of(int32_t depth) {
-    constexpr int32_t kLast = int32_t(sizeof kDepthCells / sizeof *kDepthCells) - 1;
-    return kDepthCells[std::min(depth, kLast)];
-}
-
 int32_t match_level(int32_t length) {
     constexpr int32_t kEnds[] = {0, 1, 2, 4, 8, 16, 32};
     int32_t level = 0;
