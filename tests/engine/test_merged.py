@@ -23,6 +23,7 @@ from slipstream.engine.request import SamplingParams, TokenBlock
 from slipstream.errors import ArtifactRejected
 from slipstream.models.checkpoint import Checkpoint
 from slipstream.telemetry import ReplicaMetrics
+from slipstream_kernels.chain import ChainWorth
 
 Prompts = list[tuple[int, ...]]
 
@@ -276,8 +277,35 @@ def test_a_draft_that_fell_behind_reads_a_window_and_drafts_what_it_would_have_d
     assert in_window.was_level
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_chains_that_are_not_worth_a_pass_end_alike_in_one_call_and_token_by_token(
+    sibling: Checkpoint, prompts: Prompts, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingParams(seed=3, max_tokens=20, temperature=temperature)
+    contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(3)]
+    estimates = np.random.default_rng(1).random((2, 8, 12)) ** 0.2
+    bars = ((0.0, 0.0), (0.6, 0.0), (0.2, 1.2), (0.0, 9.0))
+    worths = [ChainWorth(min_survival, pass_tokens, *estimates) for min_survival, pass_tokens in bars]
+
+    def drafted() -> list[tuple[list[int], list[list[int]]]]:
+        chains = [_chains(sibling, None).draft(contexts, max_tokens=6, worth=worth) for worth in worths]
+        return [
+            (one.lengths_B.tolist(), [ids[:n] for ids, n in zip(one.token_ids_BD.tolist(), one.lengths_B, strict=True)])
+            for one in chains
+        ]
+
+    at_once = drafted()
+    monkeypatch.setattr("slipstream.drafting.chain.NativeDecoder", type("NoDecoder", (), {}))
+    assert drafted() == at_once
+    lengths = [lengths for lengths, _ in at_once]
+    assert lengths[0] == [6, 6, 6]
+    assert min(lengths[1]) < max(lengths[1]), "each by what its own tokens survive"
+    assert 1 < min(lengths[2]) == max(lengths[2]) < 6, "all together by what a pass costs"
+    assert lengths[3] == [1, 1, 1]
+
+
 def _chains(draft: Checkpoint, window: int | None) -> ChainDrafter:
-    return ChainDrafter(draft, version=1, num_slots=1, max_context_tokens=512, max_catch_up_tokens=512, window=window)
+    return ChainDrafter(draft, version=1, num_slots=3, max_context_tokens=512, max_catch_up_tokens=512, window=window)
 
 
 def test_metrics_say_what_was_decided_and_how_well_it_was_known(
