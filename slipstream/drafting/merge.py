@@ -265,8 +265,9 @@ class MergedDrafter:
     def _worth(self, price: Price, *, num_drafting: int) -> ChainWorth:
         """When so many requests that draft together had better stop."""
         pass_s = self._pass_s.get(num_drafting.bit_length(), 0.0)
+        pass_tokens = min(price.token_rate * pass_s, (LARGEST_BAR - price.min_survival) * num_drafting)
         estimates = (model.cells("chain").said[0] for model in (self.greedy, self.sampled))
-        return ChainWorth(price.min_survival, min(price.token_rate * pass_s, LARGEST_BAR), *estimates)
+        return ChainWorth(price.min_survival, pass_tokens, *estimates)
 
     def _limits(self, contexts: Sequence[DraftContext]) -> tuple[list[Adjacency], Int32]:
         """The matrices, and a line per context: which of them, its last token, and how large its tree may be."""
