@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.drafting_prompts import MAX_TOKENS, Prompt
 from benchmarks.reference.corpus import CONTEXT_TOKENS, END
 from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, Source
+from slipstream.drafting.step_cost import distinct_experts
 from slipstream.engine.decoders import OpenDecoder, open_decoder
 from slipstream.engine.engine import Engine
 from slipstream.engine.plan import BLOCK_TOKENS, NO_NODE, Move, PagedDecoder, StepOutput, StepPlan
@@ -161,10 +162,7 @@ class DecoderPart:
 
     def experts_of_last_pass(self) -> float:
         """Distinct experts of a layer, their mean over layers; 0 for a dense target. Valid until the next pass."""
-        if self._last is None or self._last.expert_ids_TLK is None:
-            return 0.0
-        experts_LT = np.asarray(self._last.expert_ids_TLK).transpose(1, 0, 2).reshape(self.config.num_layers, -1)
-        return float(np.mean([np.count_nonzero(np.bincount(layer)) for layer in experts_LT]))
+        return 0.0 if self._last is None else distinct_experts(self._last.expert_ids_TLK) or 0.0
 
 
 class Runner:

@@ -50,9 +50,10 @@ class Economy:
         """The mode of the coming step."""
         self._load = load
         self._mode = Mode.OFF
+        can_draft = has_floor or has_chain
         # The last step of a request, which has no use for a draft, does more than others beside its pass.
-        self._is_typical = load.num_rows == load.num_choosing and (has_floor or has_chain)
-        if has_floor or has_chain:
+        self._is_typical = load.num_rows == load.num_choosing and can_draft
+        if can_draft:
             self._mode = self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
         return self._mode
 

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.engine.plan import ExpertIds
+from slipstream.engine.plan import ExpertIds, on_host
 
 Float64 = NDArray[np.float64]
 
@@ -108,7 +108,7 @@ def distinct_experts(expert_ids_TLK: ExpertIds | None) -> float | None:
     """Distinct experts a layer that T rows chose, their mean over layers; None for a dense model."""
     if expert_ids_TLK is None:
         return None
-    ids_TLK = expert_ids_TLK if isinstance(expert_ids_TLK, np.ndarray) else expert_ids_TLK.cpu().numpy()
+    ids_TLK = on_host(expert_ids_TLK)
     num_layers: int = ids_TLK.shape[1]
     is_used = np.zeros((num_layers, int(ids_TLK.max()) + 1), dtype=np.bool_)
     is_used[np.arange(num_layers)[:, None], ids_TLK] = True

@@ -77,8 +77,7 @@ _NONE: Mapping[str, int] = MappingProxyType({})
 
 def survival_in_chain(estimates_PL: Float64, *, depth: int, score: float) -> float:
     """What the estimates [places, levels] of a chain's cells say of its token at this depth, which it scores so."""
-    level = int(np.searchsorted(_SCORE_EDGES, np.nan_to_num(score, nan=0.0), side="right"))
-    return float(estimates_PL[_DEPTHS[min(depth, len(_DEPTHS) - 1)], level])
+    return float(estimates_PL[_DEPTHS.take(depth, mode="clip"), _score_levels(np.array(score))])
 
 
 class NodeFeatures(msgspec.Struct, frozen=True):

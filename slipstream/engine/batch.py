@@ -8,10 +8,9 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from slipstream.drafting.tree import DraftTree
-from slipstream.engine.plan import ExpertIds
+from slipstream.engine.plan import ExpertIds, on_host
 from slipstream.engine.request import FinishReason, Request, TokenBlock
 from slipstream.engine.stops import StopStrings
 from slipstream.records import Round
@@ -46,9 +45,7 @@ class ObservedStep:
     def rows(self) -> ObservedRows:
         """The rows of all requests, in the order of the step."""
         experts = self._expert_ids_TLK
-        return ObservedRows(
-            *host_logprobs(self._said), experts.cpu().numpy() if isinstance(experts, Tensor) else experts
-        )
+        return ObservedRows(*host_logprobs(self._said), None if experts is None else on_host(experts))
 
 
 class RunningSequence:

@@ -51,6 +51,11 @@ ExpertIds = NDArray[np.integer] | Tensor
 """Experts [T, L, K] that T rows chose in L layers, best first, where their decoder computes: on the host an array."""
 
 
+def on_host(expert_ids_TLK: ExpertIds) -> NDArray[np.integer]:
+    """The same as an array; waits for another device."""
+    return expert_ids_TLK.cpu().numpy() if isinstance(expert_ids_TLK, Tensor) else expert_ids_TLK
+
+
 class StepOutput(msgspec.Struct, frozen=True):
     """Valid until the next pass: `logits_XV` fp32, and what experts rows chose, None for a dense model."""
 

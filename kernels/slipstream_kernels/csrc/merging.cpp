@@ -26,6 +26,7 @@ struct Cells {
 constexpr int32_t kNumRanks = 8, kNumBins = 20;
 constexpr int32_t kMaxContinuations = 4;  // of a look-up
 constexpr int32_t kMaxCandidates = 1 + kWidth + 2 * kMaxContinuations;
+
 int32_t match_level(int32_t length) {
     constexpr int32_t kEnds[] = {0, 1, 2, 4, 8, 16, 32};
     int32_t level = 0;

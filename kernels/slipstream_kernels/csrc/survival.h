@@ -9,6 +9,7 @@ namespace SLIPSTREAM_ISA {
 constexpr int32_t kNumPlaces = 8;
 constexpr int32_t kDepthCells[] = {0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7};
 constexpr double kScoreEdges[] = {0.01, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97};
+constexpr int32_t kNumScoreLevels = 1 + int32_t(sizeof kScoreEdges / sizeof *kScoreEdges);
 
 inline int32_t score_level(double score) {
     int32_t level = 0;
@@ -20,7 +21,5 @@ inline int32_t place_of(int32_t depth) {
     constexpr int32_t kLast = int32_t(sizeof kDepthCells / sizeof *kDepthCells) - 1;
     return kDepthCells[std::min(depth, kLast)];
 }
-
-constexpr int32_t kNumScoreLevels = 1 + int32_t(sizeof kScoreEdges / sizeof *kScoreEdges);
 
 }  // namespace SLIPSTREAM_ISA
