@@ -29,11 +29,11 @@ class _ChainPlan(ctypes.Structure):
 
 
 class ChainWorth(NamedTuple):
-    """When chains end: one whose tokens' survivals have a product below `min_survival`, and all of them once these
-    products, less that, add up to less than the `pass_tokens` that the next pass costs: who drafts with others pays
-    for a pass together.
+    """When chains end: one whose next token would survive less often than `min_survival`, and all of them once what
+    their next tokens survive, less that, adds up to less than the `pass_tokens` that the next pass costs: who drafts
+    with others pays for a pass together.
 
-    Survivals float64 [8 places, score levels], at temperature 0 and above it (`slipstream.drafting.survival`).
+    A next token is expected to survive its forerunners as they survived theirs, on average. Survivals float64 [8 places, score levels], at temperature 0 and above it (`slipstream.drafting.survival`).
     """
 
     min_survival: float

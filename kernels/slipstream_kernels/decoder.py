@@ -20,13 +20,19 @@ Int32 = NDArray[np.int32]
 QkNorm = Literal["none", "per_head", "whole"]
 
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""The types that weights are packed in, by the number that names them in C (`abi.h`)."""
+"""The types that weights are handed over in, by the number that names them in C (`abi.h`)."""
+
+PACKED_INT8 = 2
+"""The type that they may be packed in besides."""
 
 _QK_NORMS: dict[QkNorm, int] = {"none": 0, "per_head": 1, "whole": 2}
 
 
 class Sizes(NamedTuple):
-    """Sizes of a decoder and its cache; `experts` 0 means dense. Blocks hold 16 positions, node slots one each."""
+    """Sizes of a decoder and its cache; `experts` 0 means dense. Blocks hold 16 positions, node slots one each.
+
+    `packs_int8` rounds matrices to integers of at most 127 with a scale for every output.
+    """
 
     vocab: int
     hidden: int
@@ -39,6 +45,7 @@ class Sizes(NamedTuple):
     experts_per_token: int
     qk_norm: QkNorm
     normalizes_expert_weights: bool
+    packs_int8: bool
     norm_eps: float
     num_positions: int
     num_blocks: int

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream_kernels.decoder import WEIGHT_TYPES
+from slipstream_kernels.decoder import PACKED_INT8, WEIGHT_TYPES
 from slipstream_kernels.isa import function, instruction_set
 from slipstream_kernels.reference import HeadCache, Places
 
@@ -28,9 +28,12 @@ def _int32(tensor: Tensor) -> Tensor:
 
 
 class PackedMatrix:
-    """A weight matrix [O, D], fp32 or bf16, laid out for products with few rows; D is even for bf16."""
+    """A weight matrix [O, D], fp32 or bf16, laid out for products with few rows; D is even for bf16.
 
-    def __init__(self, weight_OD: Tensor) -> None:
+    `packs_int8`: as integers of at most 127 with a scale for every output.
+    """
+
+    def __init__(self, weight_OD: Tensor, *, packs_int8: bool = False) -> None:
         if weight_OD.dtype not in WEIGHT_TYPES:
             raise ValueError(f"weight is {weight_OD.dtype}, expected fp32 or bf16")
         if weight_OD.dtype == torch.bfloat16 and weight_OD.shape[1] % 2:
@@ -40,7 +43,9 @@ class PackedMatrix:
         new = function("matrix_new", self.instruction_set)
         new.restype = ctypes.c_void_p
         weight_OD = weight_OD.contiguous()
-        self.handle = ctypes.c_void_p(new(_address(weight_OD), WEIGHT_TYPES[weight_OD.dtype], *self.shape))
+        weight_type = WEIGHT_TYPES[weight_OD.dtype]
+        packed_type = PACKED_INT8 if packs_int8 else weight_type
+        self.handle = ctypes.c_void_p(new(_address(weight_OD), weight_type, packed_type, *self.shape))
         weakref.finalize(self, function("matrix_free", self.instruction_set), self.handle)
 
 

@@ -62,6 +62,7 @@ class ChainDrafter:
             num_node_slots=0,
             max_rows=max(max_catch_up_tokens, num_slots),
             device=device,
+            packs_int8=True,
         )
 
     def release(self, slot: int) -> None:
@@ -218,14 +219,19 @@ def no_chains(number: int, *, width: int = 1) -> Chains:
 def _worth_going_on(
     contexts: Sequence[DraftContext], chains: Chains, paths_B: Float64, growing: Sequence[int], worth: ChainWorth
 ) -> list[int]:
-    """Which of the growing chains have another token; `paths_B` takes in their newest ones."""
+    """Which of the growing chains have another token; `paths_B` takes in their newest ones.
+
+    The next token survives its forerunners as they survived theirs, on average.
+    """
+    next_paths = {}
     for one in growing:
         depth = int(chains.lengths_B[one])
         estimates_PL = worth.sampled if contexts[one].sampling.temperature else worth.greedy
         score = float(chains.scores_BD[one, depth - 1])
         paths_B[one] *= survival_in_chain(estimates_PL, depth=depth, score=score)
-    left = [one for one in growing if paths_B[one] >= worth.min_survival]
-    promised = sum(float(paths_B[one]) - worth.min_survival for one in left)
+        next_paths[one] = float(paths_B[one]) * float(paths_B[one]) ** (1.0 / depth)
+    left = [one for one in growing if next_paths[one] >= worth.min_survival]
+    promised = sum(next_paths[one] - worth.min_survival for one in left)
     return left if promised >= worth.pass_tokens else []
 
 

@@ -25,6 +25,13 @@ _LARGEST_SURPRISE = 2.0
 """A step counts as long as so many times what was expected of it, at most: the machine may have interrupted it."""
 
 
+_PROMISED_REMEMBERED = 1_000.0
+"""Expected tokens that are compared with those that came."""
+
+_PROMISED_AT_FIRST = 20.0
+"""Tokens that came as expected, before any did."""
+
+
 class Took(NamedTuple):
     """Seconds of a step, its pass among them, and the tokens it gave; `is_usual`: no draft model had to catch up."""
 
@@ -32,6 +39,28 @@ class Took(NamedTuple):
     pass_s: float
     num_tokens: int
     is_usual: bool
+
+
+class Promise:
+    """How much of what drafted nodes promise comes true: tokens that came over tokens expected, the newest thousand.
+
+    What a step is expected to give varies much less than what it gives, and this share is the same for batches of all
+    sizes: so a few steps tell what a mode gives at a new one.
+    """
+
+    def __init__(self) -> None:
+        self._expected = self._came = _PROMISED_AT_FIRST
+
+    @property
+    def kept_share(self) -> float:
+        """What to multiply expected tokens with."""
+        return self._came / self._expected
+
+    def observe(self, expected: float, came: float) -> None:
+        """Nodes that were expected to give so many tokens gave so many."""
+        kept = 1 - min(expected / _PROMISED_REMEMBERED, 1.0)
+        self._expected = kept * self._expected + expected
+        self._came = kept * self._came + came
 
 
 class Economy:
@@ -45,6 +74,8 @@ class Economy:
         self._mode = Mode.OFF
         self._is_typical = False
         self._expected_pass_s = self._plain_s = 1.0
+        self._drafted_tokens = 0.0
+        self._promises = {mode: Promise() for mode in Mode}
 
     def choose(self, load: StepLoad, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step."""
@@ -69,9 +100,13 @@ class Economy:
         min_survival = min(token_rate * least_share * float(step_s[0]), LARGEST_BAR)
         return Price(step_s, token_rate, load.num_choosing, min_survival)
 
-    def expect(self, step_s: Float64, *, num_nodes: int) -> None:
-        """The coming step has so many nodes, where one with n takes `step_s[n]` seconds for its pass."""
+    def expect(self, step_s: Float64, *, num_nodes: int, drafted_tokens: float) -> None:
+        """The coming step has so many nodes, where one with n takes `step_s[n]` seconds for its pass.
+
+        `drafted_tokens` is the sum of what they survive.
+        """
         self._expected_pass_s = float(step_s[num_nodes])
+        self._drafted_tokens = drafted_tokens
         self._plain_s = self._plain_step_s(step_s)
 
     def observe(self, lesson: Lesson) -> None:
@@ -89,28 +124,28 @@ class Economy:
         """What became of the step.
 
         What it took beside its pass is all that drafting costs, wherever it is spent. Steps that read prompts, and
-        those in which nobody could draft, are left out; a plain step is told to `modes` only if it `is_counted`, since
-        predicting it for that costs time.
+        those in which nobody could draft, are left out; so are plain ones unless they are counted, as it costs time.
         """
         load, mode = self._load, self._mode
-        if not self._is_typical:
+        if not self._is_typical or (mode is Mode.OFF and not is_counted):
             return
         if took.is_usual:
             self._overhead.observe(mode, load.num_choosing, took.step_s - took.pass_s)
         if mode is Mode.OFF:
-            if not is_counted:
-                return
             line_s, _ = self.step_cost.over_nodes(
                 num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens
             )
-            self.expect(line_s, num_nodes=0)
+            self.expect(line_s, num_nodes=0, drafted_tokens=0.0)
         self.step_cost.keep_pace(took.pass_s / self._expected_pass_s)
         if not took.is_usual:
             self.modes.note_extra(plain_steps=took.step_s / self._plain_s)
             return
         expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
         plain_steps = min(took.step_s, _LARGEST_SURPRISE * expected_s) / self._plain_s
-        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=took.num_tokens, plain_steps=plain_steps)
+        promise = self._promises[mode]
+        promise.observe(self._drafted_tokens, took.num_tokens - load.num_choosing)
+        num_tokens = load.num_choosing + promise.kept_share * self._drafted_tokens
+        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
 
     def _plain_step_s(self, step_s: Float64) -> float:
         """What a step like this one takes without drafting."""

@@ -46,7 +46,7 @@ CATCH_UP_WINDOW = 64
 _JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""
 
-_STEPS_BETWEEN_COSTS = 2
+_STEPS_BETWEEN_COSTS = 4
 """One in so many steps corrects the prediction of what steps cost."""
 
 _STEPS_BETWEEN_LESSONS = 64
@@ -180,7 +180,8 @@ class MergedDrafter:
         merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
         self._take_in(merged.num_judged)
         if self.economy is not None:
-            self.economy.expect(price.step_s, num_nodes=len(merged.token_ids_X))
+            drafted_tokens = merged.expected_tokens - price.num_choosing
+            self.economy.expect(price.step_s, num_nodes=len(merged.token_ids_X), drafted_tokens=drafted_tokens)
         return trees_of(merged.token_ids_X, merged.parents_X, merged.ends_B, drafter="merged", versions=versions)
 
     def finished(self, *, step_s: float, pass_s: float, num_tokens: int) -> None:

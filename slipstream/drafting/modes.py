@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 
-TRIAL_COST_RATIO = 0.005
+TRIAL_COST_RATIO = 0.003
 """What trials of one mode may cost, as a share of all steps."""
 
 SHORTEST_INTERVAL = 48
@@ -124,7 +124,7 @@ class Modes:
         self._off_for = key if mode is Mode.OFF and self._trial is None else None
         return mode
 
-    def note(self, mode: Mode, *, num_requests: int, num_tokens: int, plain_steps: float) -> None:
+    def note(self, mode: Mode, *, num_requests: int, num_tokens: float, plain_steps: float) -> None:
         """What a step gave all requests together, and as how many plain steps of theirs it took.
 
         Not to be told of steps that did more than go on with requests, such as read prompts.

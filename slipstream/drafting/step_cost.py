@@ -3,8 +3,8 @@
     predicted seconds = pace x (base(rows, context) + seconds per expert x distinct experts(rows))
 
 `pace` is how the machine does just now beside how it did when it was measured: memory that others share is now half,
-now twice as fast. It follows the last few steps, the rest many. `base` is a table of measured points with straight
-lines between them, made at start-up by `measure` and corrected by every step that is observed. `distinct experts` is
+now twice as fast. It follows the last few steps, the rest many. `base` is a table of points, measured at start-up by
+`measure` and corrected by every step that is observed (`step_table`). `distinct experts` is
 what the rows of a step wake per layer: E (1 - (1 - K/E) ** (n ** a)) for n rows that each choose K of E experts, where
 a = 1 would be independent choices and less is what neighbours share; it is fitted online. A dense model has no such
 term.
@@ -12,7 +12,6 @@ term.
 
 from __future__ import annotations
 
-import bisect
 import math
 import statistics
 import time
@@ -23,6 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from slipstream.drafting.step_table import StepTable
 from slipstream.engine.plan import ExpertIds, on_host
 
 Float64 = NDArray[np.float64]
@@ -33,9 +33,6 @@ EXPONENT_AT_FIRST = 0.8
 _FORGETTING = 0.995
 """Weight that old evidence keeps at each step: the last 200 steps count."""
 
-_LEARNING_RATIO = 0.1
-"""Share of a step's error that the table takes over."""
-
 _CONTEXT_STEP = 64
 """Contexts that differ by less are priced alike."""
 
@@ -45,12 +42,8 @@ _STEPS_REMEMBERED = 16
 _PACE_RATIO = 0.2
 """What the newest step counts for the pace."""
 
-_LARGEST_SURPRISE_RATIO = 1.0
+_LARGEST_SURPRISE_RATIO = 0.3
 """An error counts up to this share of the prediction: a step that the machine interrupted says little."""
-
-
-_SMALLEST_S = 1e-9
-"""No step is predicted to take no time, whatever noise the table has taken over."""
 
 
 class StepProbe(Protocol):
@@ -171,11 +164,6 @@ class StepCost:
         self, measured: MeasuredSteps, *, experts: ExpertUnion | None = None, shape_buckets: Sequence[int] = ()
     ) -> None:
         """`shape_buckets` are the row counts, ascending, that steps are padded to; larger steps are not padded."""
-        self._rows = np.array(measured.rows, dtype=np.float64)
-        self._contexts = np.array(measured.contexts, dtype=np.float64)
-        self._row_points, self._context_points = self._rows.tolist(), self._contexts.tolist()
-        if len(self._rows) == 0 or len(self._contexts) == 0 or not _ascending(self._rows, self._contexts):
-            raise ValueError(f"rows {measured.rows}, contexts {measured.contexts}: expected both ascending, not empty")
         self._experts = experts
         self._pace = 1.0
         buckets = np.array((0, *shape_buckets), dtype=np.int64)
@@ -188,7 +176,9 @@ class StepCost:
         self._woken_seconds = float((woken * slower_s).sum())
         seconds = (measured.varied_s_GC + measured.alike_s_GC) / 2
         num_experts = (measured.varied_experts_GC + measured.alike_experts_GC) / 2
-        self._base_s_GC = np.maximum(seconds - self._expert_s * num_experts, _SMALLEST_S)
+        base_s_GC = seconds - self._expert_s * num_experts
+        self._base = StepTable(measured.rows, measured.contexts, base_s_GC, errors_s_GC=seconds)
+        self._rows = self._base.rows
         self._lines: dict[tuple[int, int, int], tuple[Float64, float]] = {}
         self._forgets_at = 0
         self.num_steps = 0
@@ -240,10 +230,9 @@ class StepCost:
     ) -> None:
         """A step took `seconds`, and used `num_experts` distinct experts a layer if that is known."""
         rows = int(self._padded_rows[num_rows]) if num_rows < len(self._padded_rows) else num_rows
-        corners = _corners(self._row_points, rows), _corners(self._context_points, context_tokens)
         usual_experts = self._experts.expected_of(rows) if self._experts else 0.0
-        expected = self._base_at(*corners) + self._expert_s * usual_experts
-        if rows > self._row_points[-1]:
+        expected = self._base.at(rows, context_tokens) + self._expert_s * usual_experts
+        if rows > self._rows[-1]:
             expected = float(self.predict_s(np.array([rows]), context_tokens=context_tokens)[0]) / self._pace
         measured = seconds / self._pace
         self._note_error(abs(expected - measured) / max(measured, 1e-9))
@@ -254,7 +243,7 @@ class StepCost:
             self._learn_experts(self._experts, more, error)
             error -= more * self._expert_s
             self._experts.observe(num_rows=num_rows, num_experts=num_experts)
-        self._correct(*corners, error)
+        self._base.correct(rows, context_tokens, error_s=error)
 
     def keep_pace(self, ratio: float) -> None:
         """A step took so many times the seconds predicted for it. Cheap, so that every step can tell."""
@@ -267,52 +256,17 @@ class StepCost:
         self._woken_squared = _FORGETTING * self._woken_squared + more**2
         # The table gives up what experts now account for: predictions of expected steps stay what they were.
         change = self._expert_s - before
-        self._base_s_GC -= change * experts.expected(self._rows)[:, None]
+        self._base.lower(change * experts.expected(self._rows))
 
     def _note_error(self, error_ratio: float) -> None:
         self.num_steps += 1
         self.mean_error_ratio += max(1 - _FORGETTING, 1 / self.num_steps) * (error_ratio - self.mean_error_ratio)
 
-    def _base_at(self, rows: _Corners, contexts: _Corners) -> float:
-        """The table between its points."""
-        table = self._base_s_GC
-        return float(sum(a * b * table[row, context] for row, a in rows for context, b in contexts))
-
-    def _correct(self, rows: _Corners, contexts: _Corners, error: float) -> None:
-        """Move the points around a step such that the table takes over its share of the error."""
-        corners = [(row, context, a * b) for row, a in rows for context, b in contexts]
-        step = _LEARNING_RATIO * error / sum(weight * weight for _, _, weight in corners)
-        table = self._base_s_GC
-        for row, context, weight in corners:
-            table[row, context] = max(table[row, context] + step * weight, _SMALLEST_S)
-
     def _points_s(self, context_tokens: float) -> Float64:
         """Seconds at each measured number of rows, for this context."""
-        contexts = _corners(self._context_points, context_tokens)
-        points_s: Float64 = sum((share * self._base_s_GC[:, context] for context, share in contexts), np.zeros(1))
-        if self._experts:
-            points_s = points_s + self._expert_s * self._experts.expected(self._rows)
-        return points_s
+        points_s = self._base.line(context_tokens)
+        return points_s + self._expert_s * self._experts.expected(self._rows) if self._experts else points_s
 
     def _padded(self, num_rows: NDArray[np.int64]) -> NDArray[np.int64]:
         padded = self._padded_rows.take(num_rows, mode="clip")
         return np.maximum(padded, num_rows)
-
-
-_Corners = tuple[tuple[int, float], ...]
-"""Points around a value, and what each counts for."""
-
-
-def _corners(points: list[float], value: float) -> _Corners:
-    """On straight lines between the points, and level outside them."""
-    right = bisect.bisect_left(points, value)
-    if right == 0:
-        return ((0, 1.0),)
-    if right == len(points):
-        return ((right - 1, 1.0),)
-    share = (value - points[right - 1]) / (points[right] - points[right - 1])
-    return ((right, 1.0),) if share == 1.0 else ((right - 1, 1 - share), (right, share))
-
-
-def _ascending(*columns: Float64) -> bool:
-    return all((np.diff(column) > 0).all() for column in columns)

@@ -29,18 +29,31 @@ class OpenDecoder(Protocol):
 
 
 def open_decoder(
-    checkpoint: Checkpoint, *, num_blocks: int, num_node_slots: int, max_rows: int, device: str = "cpu"
+    checkpoint: Checkpoint,
+    *,
+    num_blocks: int,
+    num_node_slots: int,
+    max_rows: int,
+    device: str = "cpu",
+    packs_int8: bool = False,
 ) -> PagedDecoder:
     """A decoder of `checkpoint` with `num_blocks` blocks of cache and room for `num_node_slots` nodes of trees.
 
     A pass has at most `max_rows` rows. On `device` "cpu", weights run as stored (fp16 as fp32) in our own kernels, or
     in fp32 by torch where those cannot be built, which is logged once. On "cuda" or "cuda:N", weights and cache are
-    bf16. Raises ConfigError for another device or one that is not there.
+    bf16. `packs_int8` rounds matrices to int8 in our own kernels: for drafts, which cost what their bytes cost, and of
+    which nobody needs exact logits. Raises ConfigError for another device or one that is not there.
     """
     check_device(device)
     if device == "cpu" and slipstream_kernels.is_available():
         weights = arrange(checkpoint.config, checkpoint.weights, dtype=None)
-        return NativeDecoder(weights, num_blocks=num_blocks, num_node_slots=num_node_slots, max_rows=max_rows)
+        return NativeDecoder(
+            weights,
+            num_blocks=num_blocks,
+            num_node_slots=num_node_slots,
+            max_rows=max_rows,
+            packs_int8=packs_int8,
+        )
     if device == "cpu":
         _warn_of_torch(slipstream_kernels.why_unavailable())
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

@@ -16,15 +16,23 @@ from slipstream_kernels.decoder import Decoder, Part, Sizes
 class NativeDecoder:
     """A `PagedDecoder` whose every output row is a bitwise function of its own sequence, for any number of threads.
 
-    Weights are packed as they are stored, bf16 or fp32; activations and sums are fp32.
+    Weights are packed as they are stored, bf16 or fp32, or matrices as int8; activations and sums are fp32.
     """
 
     is_exact = True
 
-    def __init__(self, weights: DecoderWeights, *, num_blocks: int, num_node_slots: int, max_rows: int) -> None:
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        num_blocks: int,
+        num_node_slots: int,
+        max_rows: int,
+        packs_int8: bool = False,
+    ) -> None:
         """Raises ValueError for sizes the kernels do not compute, MemoryError if the cache does not fit."""
         self.config = weights.config
-        self.kernel = Decoder(_sizes(weights.config, num_blocks, num_node_slots, max_rows))
+        self.kernel = Decoder(_sizes(weights.config, num_blocks, num_node_slots, max_rows, packs_int8=packs_int8))
         self._set_model(weights)
         for index, layer in enumerate(weights.layers):
             self._set_layer(index, layer)
@@ -68,7 +76,7 @@ class NativeDecoder:
             self.kernel.set(Part.DOWN, down, layer=index, expert=expert)
 
 
-def _sizes(config: ModelConfig, num_blocks: int, num_node_slots: int, max_rows: int) -> Sizes:
+def _sizes(config: ModelConfig, num_blocks: int, num_node_slots: int, max_rows: int, *, packs_int8: bool) -> Sizes:
     return Sizes(
         vocab=config.vocab_size,
         hidden=config.hidden_size,
@@ -81,6 +89,7 @@ def _sizes(config: ModelConfig, num_blocks: int, num_node_slots: int, max_rows: 
         experts_per_token=config.experts_per_token,
         qk_norm=config.qk_norm,
         normalizes_expert_weights=config.normalizes_expert_weights,
+        packs_int8=packs_int8,
         norm_eps=config.rms_norm_eps,
         num_positions=config.max_position_embeddings,
         num_blocks=num_blocks,

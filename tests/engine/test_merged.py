@@ -284,7 +284,7 @@ def test_chains_that_are_not_worth_a_pass_end_alike_in_one_call_and_token_by_tok
     sampling = SamplingParams(seed=3, max_tokens=20, temperature=temperature)
     contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(3)]
     estimates = np.random.default_rng(1).random((2, 8, 12)) ** 0.2
-    bars = ((0.0, 0.0), (0.6, 0.0), (0.2, 1.2), (0.0, 9.0))
+    bars = ((0.0, 0.0), (0.7, 0.0), (0.2, 1.1), (0.0, 9.0))
     worths = [ChainWorth(min_survival, pass_tokens, *estimates) for min_survival, pass_tokens in bars]
 
     def drafted() -> list[tuple[list[int], list[list[int]]]]:

@@ -87,6 +87,20 @@ def test_logits_of_real_checkpoints_equal_transformers(name: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
 
 
+def test_a_decoder_rounded_to_int8_says_nearly_the_same() -> None:
+    checkpoint = load_checkpoint(REFERENCE)
+    weights = arrange(checkpoint.config, checkpoint.weights, dtype=None)
+    ids = random_ids(1, 96, checkpoint.config.vocab_size)
+    rows = Rows(token_ids=ids, blocks=scattered(1, [96])[0])
+    exact, rounded = (
+        logits(NativeDecoder(weights, num_blocks=NUM_BLOCKS, num_node_slots=0, max_rows=96, packs_int8=one), rows)
+        for one in (False, True)
+    )
+    difference = (exact - rounded).abs()
+    assert difference.max() > 0
+    assert difference.mean() < 0.1 * exact.std()
+
+
 def assert_bits_are_a_rows_own(make: Callable[[], NativeDecoder], ids: tuple[int, ...], vocab_size: int) -> None:
     """One sequence, computed whole, in chunks, token by token, in company, by threads, and as a path of trees."""
     length = len(ids)

@@ -32,9 +32,27 @@ def test_a_product_is_the_sum_over_the_inner_dimension(outputs: int, inner: int,
         assert ((ops.matrix_product(x, packed) - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize(("outputs", "inner"), [(1, 2), (7, 18), (65, 34), (130, 172)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_products_row_is_the_same_bits_among_any_rows_and_threads(dtype: torch.dtype) -> None:
-    packed = ops.PackedMatrix(random(200, 172, seed=1).to(dtype))
+def test_a_rounded_product_is_that_of_integers_with_a_scale_for_every_output(
+    outputs: int, inner: int, dtype: torch.dtype
+) -> None:
+    weight = (random(outputs, inner, seed=1) * 10 ** random(outputs, 1, seed=2)).to(dtype)
+    weight[outputs // 2] = 0
+    packed = ops.PackedMatrix(weight, packs_int8=True)
+    scales = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    rounded = (weight.float() / scales.clamp(min=1e-38)).round() * scales
+    for num_rows in ROWS:
+        x = random(num_rows, inner, seed=num_rows)
+        exact = x.double() @ rounded.double().T
+        bound = 1e-6 * (x.double().abs() @ rounded.double().abs().T)
+        assert ((ops.matrix_product(x, packed) - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("packs_int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_products_row_is_the_same_bits_among_any_rows_and_threads(dtype: torch.dtype, packs_int8: bool) -> None:
+    packed = ops.PackedMatrix(random(200, 172, seed=1).to(dtype), packs_int8=packs_int8)
     x = random(50, 172, seed=2)
     alone = torch.cat([ops.matrix_product(x[row : row + 1], packed) for row in range(50)])
     for num_rows, num_threads in itertools.product(ROWS, (1, 2, 3)):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slipstream.drafting.drafter import StepLoad
-from slipstream.drafting.economy import LARGEST_BAR, Economy, Took
+from slipstream.drafting.economy import LARGEST_BAR, Economy, Promise, Took
 from slipstream.drafting.modes import Mode, first_steps
 from slipstream.drafting.step_cost import MeasuredSteps, StepCost
 
@@ -25,14 +25,23 @@ def load(num_requests: int = 1, *, num_rows: int | None = None) -> StepLoad:
     return StepLoad(num_rows or num_requests, num_requests, 16.0)
 
 
-def take(one: Economy, mode: Mode, *, num_steps: int, num_tokens: int, num_nodes: int = 0) -> None:
-    """Steps in a mode that go as predicted."""
+def take(
+    one: Economy,
+    mode: Mode,
+    *,
+    num_steps: int,
+    num_tokens: int,
+    num_nodes: int = 0,
+    promised_tokens: float | None = None,
+) -> None:
+    """Steps in a mode that take what is predicted, and give that unless something else was promised."""
     for _ in range(num_steps):
         one.modes.choose = lambda *_, **__: mode  # type: ignore[method-assign]
         one.choose(load(), has_floor=True, has_chain=True)
         pass_s = 1.0 + 0.2 * num_nodes
         if mode is not Mode.OFF:
-            one.expect(one.price(7).step_s, num_nodes=num_nodes)
+            drafted_tokens = num_tokens - 1 if promised_tokens is None else promised_tokens
+            one.expect(one.price(7).step_s, num_nodes=num_nodes, drafted_tokens=drafted_tokens)
         one.settle(Took(pass_s + BESIDE_S, pass_s, num_tokens, is_usual=True), is_counted=True)
 
 
@@ -55,6 +64,26 @@ def test_time_is_worth_more_in_a_mode_that_gives_more() -> None:
     assert one.price(7).token_rate == pytest.approx(gain / (1.0 + BESIDE_S), rel=0.02)
 
 
+def test_a_step_counts_as_what_was_promised_of_it_as_far_as_promises_are_kept() -> None:
+    one = economy()
+    take(one, Mode.OFF, num_steps=30, num_tokens=1)
+    take(one, Mode.FLOOR, num_steps=400, num_tokens=2, num_nodes=4, promised_tokens=2.0)
+    before = one.modes.gain(Mode.FLOOR, num_requests=1)
+    assert before == pytest.approx(2 * (1.0 + BESIDE_S) / (1.8 + BESIDE_S), rel=0.05), "half of what was promised came"
+    take(one, Mode.FLOOR, num_steps=1, num_tokens=8, num_nodes=4, promised_tokens=2.0)
+    assert one.modes.gain(Mode.FLOOR, num_requests=1) == pytest.approx(before, rel=0.01), "one lucky step"
+
+
+def test_promises_of_the_newest_thousand_tokens_count() -> None:
+    promise = Promise()
+    for expected, came in ((1.0, 0.0), (1.0, 1.0)):
+        for _ in range(10_000):
+            promise.observe(expected, came)
+        assert promise.kept_share == pytest.approx(came, abs=0.001)
+    promise.observe(5_000.0, 2_500.0)
+    assert promise.kept_share == pytest.approx(0.5)
+
+
 def test_the_bar_has_an_end() -> None:
     one = economy()
     take(one, Mode.FLOOR, num_steps=100, num_tokens=40)
@@ -65,7 +94,7 @@ def test_a_step_that_the_machine_interrupted_counts_as_two() -> None:
     one = economy()
     take(one, Mode.FLOOR, num_steps=100, num_tokens=2)
     before = one.modes.gain(Mode.FLOOR, num_requests=1)
-    one.expect(one.price(7).step_s, num_nodes=0)
+    one.expect(one.price(7).step_s, num_nodes=0, drafted_tokens=1.0)
     one.settle(Took(1_000.0, 999.0, 2, is_usual=True), is_counted=True)
     assert one.modes.gain(Mode.FLOOR, num_requests=1) > 0.97 * before
 
@@ -73,7 +102,7 @@ def test_a_step_that_the_machine_interrupted_counts_as_two() -> None:
 def test_steps_that_read_prompts_and_plain_ones_nobody_asked_for_tell_nothing() -> None:
     one = economy()
     one.choose(load(num_rows=100), has_floor=True, has_chain=False)
-    one.expect(one.price(7).step_s, num_nodes=0)
+    one.expect(one.price(7).step_s, num_nodes=0, drafted_tokens=0.0)
     one.settle(Took(9.0, 8.0, 1, is_usual=True), is_counted=True)
     assert one.modes.gain(Mode.FLOOR, num_requests=1) == 1.0
     one.choose(load(), has_floor=False, has_chain=False)

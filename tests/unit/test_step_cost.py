@@ -158,7 +158,7 @@ def test_one_interrupted_step_moves_little() -> None:
     for _ in range(50):
         cost.observe(num_rows=1, context_tokens=16, seconds=1.0)
     follow(cost, seconds_of_one_row=1000.0)
-    assert seconds(cost, 1)[0] == pytest.approx(1.1 * 1.1)
+    assert 1.1 < seconds(cost, 1)[0] < 1.16, "the pace a tenth, the table less"
     for _ in range(20):
         follow(cost, seconds_of_one_row=1.0)
     assert seconds(cost, 1)[0] == pytest.approx(1.0, abs=0.01)

@@ -5,7 +5,8 @@
 
 extern "C" {
 
-enum SlipstreamType : int32_t { kFp32 = 0, kBf16 = 1 };
+// Tensors are handed over in the first two; kInt8 is only packed in, with a scale for every output.
+enum SlipstreamType : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
 
 // Queries and keys are normalised not at all, per head, or over the whole projection.
 enum SlipstreamQkNorm : int32_t { kNoNorm = 0, kPerHead = 1, kWhole = 2 };
@@ -32,6 +33,7 @@ struct SlipstreamSizes {
     int32_t vocab, hidden, inner, layers, heads, kv_heads, head_dim;
     int32_t experts, experts_per_token;  // 0 for a dense model
     int32_t qk_norm, normalizes_expert_weights;
+    int32_t packs_int8;  // matrices are rounded to int8: for drafts, which nobody needs to be exact
     int32_t num_positions, num_blocks, num_node_slots, max_rows;
     float norm_eps;
 };

@@ -1,5 +1,6 @@
 // A chain drafted token after token by a small decoder, in one call: pass, choose, and again.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "decoder.h"
@@ -19,7 +20,7 @@ struct ChainPlan {
     int32_t* tokens;         // out [B, width]
     double* scores;          // out [B, width]: what the draft's softmax gives each token
     int32_t* lengths;        // out [B]
-    double min_survival;     // a chain whose product of survivals is below this one is not continued
+    double min_survival;     // a chain whose next token would survive less often is not continued
     double pass_tokens;      // what a pass costs, in tokens: none is made that promises less above min_survival
     const double* survivals[2];  // at temperature 0, above it: [places, score levels]; null: the scores themselves
 };
@@ -92,9 +93,12 @@ void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, fl
             chain.tokens[int64_t(request) * chain.width + length] = token;
             chain.scores[int64_t(request) * chain.width + length] = score;
             chain.lengths[request] = length + 1;
-            paths[size_t(request)] *= survival_of(chain, draw.temperature, length + 1, score);
-            if (length + 1 < chain.max_tokens[request] && paths[size_t(request)] >= chain.min_survival) {
-                promised += paths[size_t(request)] - chain.min_survival;
+            double& path = paths[size_t(request)];
+            path *= survival_of(chain, draw.temperature, length + 1, score);
+            // The next token survives its forerunners as they survived theirs, on average.
+            const double next_path = path * std::pow(path, 1.0 / (length + 1));
+            if (length + 1 < chain.max_tokens[request] && next_path >= chain.min_survival) {
+                promised += next_path - chain.min_survival;
                 next.add(request, chain.slots[request], token, draw.position - chain.bases[request]);
             }
         }

@@ -30,13 +30,13 @@ Experts::Experts(int num_experts, int hidden, int inner)
       gate_up_(num_experts),
       down_(num_experts) {}
 
-bool Experts::set_gate_up(int expert, const void* data, SlipstreamType type) {
+bool Experts::set_gate_up(int expert, const Source& source) {
     const std::vector<int> order = gates_beside_ups(inner_);
-    return gate_up_[expert].pack(data, type, hidden_, order.data(), int(order.size()));
+    return gate_up_[expert].pack(source, hidden_, order.data(), int(order.size()));
 }
 
-bool Experts::set_down(int expert, const void* data, SlipstreamType type) {
-    return down_[expert].pack(data, type, inner_, in_order(hidden_).data(), hidden_);
+bool Experts::set_down(int expert, const Source& source) {
+    return down_[expert].pack(source, inner_, in_order(hidden_).data(), hidden_);
 }
 
 void group_by_expert(const Routing& routing, int num_rows, int num_experts) {

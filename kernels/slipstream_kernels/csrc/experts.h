@@ -17,8 +17,8 @@ class Experts {
     Experts(Experts&&) = default;
 
     // Source matrices are row-major: gate and up stacked [2 * inner, hidden], down [hidden, inner].
-    bool set_gate_up(int expert, const void* data, SlipstreamType type);
-    bool set_down(int expert, const void* data, SlipstreamType type);
+    bool set_gate_up(int expert, const Source& source);
+    bool set_down(int expert, const Source& source);
 
     int num_experts() const { return int(gate_up_.size()); }
     int hidden() const { return hidden_; }

@@ -44,9 +44,10 @@ void SLIPSTREAM_EXPORT(decoder_keep)(void* decoder, int32_t num_moves, const int
     static_cast<isa::Decoder*>(decoder)->keep(num_moves, moves);
 }
 
-auto SLIPSTREAM_EXPORT(matrix_new)(const void* data, int32_t type, int32_t outputs, int32_t inner) -> void* {
+auto SLIPSTREAM_EXPORT(matrix_new)(const void* data, int32_t type, int32_t packed_type, int32_t outputs, int32_t inner)
+    -> void* {
     auto* const matrix = new isa::Packed;
-    if (matrix->pack(data, SlipstreamType(type), inner, isa::in_order(outputs).data(), outputs)) return matrix;
+    if (matrix->pack({data, SlipstreamType(type), SlipstreamType(packed_type)}, inner, isa::in_order(outputs).data(), outputs)) return matrix;
     delete matrix;
     return nullptr;
 }
@@ -70,8 +71,8 @@ void SLIPSTREAM_EXPORT(experts_free)(void* experts) { delete static_cast<isa::Ex
 
 int SLIPSTREAM_EXPORT(experts_set)(void* experts, int32_t expert, const void* gate_up, const void* down, int32_t type) {
     auto& weights = *static_cast<isa::Experts*>(experts);
-    return weights.set_gate_up(expert, gate_up, SlipstreamType(type)) &&
-           weights.set_down(expert, down, SlipstreamType(type));
+    const auto whole = [&](const void* data) { return isa::Source{data, SlipstreamType(type), SlipstreamType(type)}; };
+    return weights.set_gate_up(expert, whole(gate_up)) && weights.set_down(expert, whole(down));
 }
 
 // out[row] = sum over its chosen experts of weight * down(silu(gate) * up).

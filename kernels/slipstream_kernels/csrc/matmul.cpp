@@ -1,6 +1,8 @@
 #include "matmul.h"
 
+#include <cfloat>
 #include <cstdlib>
+#include <type_traits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -12,8 +14,9 @@ namespace {
 constexpr size_t kHugePage = size_t(1) << 21;
 constexpr int kPrefetchBytes = 4096;  // a page ahead: hardware prefetchers stop at page borders
 
+template <int kBytes>
 inline void prefetch_ahead(const char* at) {
-    for (int line = 0; line < kPanel * 4; line += 64) __builtin_prefetch(at + kPrefetchBytes + line, 0, 3);
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(at + kPrefetchBytes + line, 0, 3);
 }
 
 // One step of the inner loop for bf16: the even index comes first.
@@ -33,44 +36,54 @@ inline void accumulate_pair(const char* weights, const float* const* x, int i, F
     }
 }
 
-template <int kRows>
+inline void load_weights(const float* from, Floats (&weights)[kVectors]) { std::memcpy(weights, from, sizeof weights); }
+
+inline void load_weights(const int8_t* from, Floats (&weights)[kVectors]) {
+    for (int v = 0; v < kVectors; ++v) weights[v] = load(from + v * kLanes);
+}
+
+template <int kRows, class Weight>
 inline void accumulate_one(const char* weights, const float* const* x, int i, Floats (&sums)[kRows][kVectors]) {
     Floats weight[kVectors];
-    std::memcpy(weight, weights, sizeof weight);
+    load_weights(reinterpret_cast<const Weight*>(weights), weight);
     for (int row = 0; row < kRows; ++row) {
         const Floats value = splat(x[row][i]);
         for (int v = 0; v < kVectors; ++v) sums[row][v] = fma(weight[v], value, sums[row][v]);
     }
 }
 
+// `scales` of the outputs are read with int8 only.
 template <int kRows, SlipstreamType kType>
-void tile(const char* weights, const float* const* x, int inner, float* out) {
+void tile(const char* weights, const float* scales, const float* const* x, int inner, float* out) {
     Floats sums[kRows][kVectors] = {};
-    constexpr int kStep = kType == kBf16 ? 2 : 1;
+    constexpr int kStep = kType == kBf16 ? 2 : 1, kBytes = kPanel * (kType == kInt8 ? 1 : 4);
     for (int i = 0; i < inner; i += kStep) {
-        prefetch_ahead(weights);
+        prefetch_ahead<kBytes>(weights);
         if constexpr (kType == kBf16) {
             accumulate_pair<kRows>(weights, x, i, sums);
         } else {
-            accumulate_one<kRows>(weights, x, i, sums);
+            accumulate_one<kRows, std::conditional_t<kType == kInt8, int8_t, float>>(weights, x, i, sums);
         }
-        weights += kPanel * 4;
+        weights += kBytes;
     }
-    for (int row = 0; row < kRows; ++row) {
-        for (int v = 0; v < kVectors; ++v) store(out + row * kPanel + v * kLanes, sums[row][v]);
+    for (int v = 0; v < kVectors; ++v) {
+        const Floats scale = kType == kInt8 ? load(scales + v * kLanes) : splat(1.0f);
+        for (int row = 0; row < kRows; ++row) {
+            store(out + row * kPanel + v * kLanes, kType == kInt8 ? sums[row][v] * scale : sums[row][v]);
+        }
     }
 }
 
 template <SlipstreamType kType>
-void tile_of(int num_rows, const char* weights, const float* const* x, int inner, float* out) {
+void tile_of(int num_rows, const char* weights, const float* scales, const float* const* x, int inner, float* out) {
     switch (num_rows) {
-        case 1: return tile<1, kType>(weights, x, inner, out);
-        case 2: return tile<2, kType>(weights, x, inner, out);
-        case 3: return tile<3, kType>(weights, x, inner, out);
+        case 1: return tile<1, kType>(weights, scales, x, inner, out);
+        case 2: return tile<2, kType>(weights, scales, x, inner, out);
+        case 3: return tile<3, kType>(weights, scales, x, inner, out);
 #if defined(__AVX512F__)
-        case 4: return tile<4, kType>(weights, x, inner, out);
-        case 5: return tile<5, kType>(weights, x, inner, out);
-        case 6: return tile<6, kType>(weights, x, inner, out);
+        case 4: return tile<4, kType>(weights, scales, x, inner, out);
+        case 5: return tile<5, kType>(weights, scales, x, inner, out);
+        case 6: return tile<6, kType>(weights, scales, x, inner, out);
 #endif
     }
 }
@@ -84,41 +97,56 @@ void* allocate(size_t num_bytes) {
     return memory;
 }
 
-inline uint16_t bf16_at(const void* source, size_t index) { return static_cast<const uint16_t*>(source)[index]; }
+int bytes_of(SlipstreamType type) { return type == kFp32 ? 4 : type == kBf16 ? 2 : 1; }
 
 }  // namespace
 
 Packed::~Packed() { std::free(data_); }
 
-bool Packed::pack(const void* source, SlipstreamType type, int inner, const int* order, int num_outputs) {
-    const int padded_inner = type == kBf16 ? (inner + 1) / 2 * 2 : inner;
+bool Packed::pack(const Source& source, int inner, const int* order, int num_outputs) {
+    const int padded_inner = source.packed_type == kBf16 ? (inner + 1) / 2 * 2 : inner;
     const int num_panels = (num_outputs + kPanel - 1) / kPanel;
-    const size_t panel_bytes = size_t(padded_inner) * kPanel * (type == kBf16 ? 2 : 4);
+    const size_t panel_bytes = size_t(padded_inner) * kPanel * bytes_of(source.packed_type);
     char* const data = static_cast<char*>(allocate(panel_bytes * num_panels));
     if (data == nullptr) return false;
     std::free(data_);
     std::memset(data, 0, panel_bytes * num_panels);
-    for (int o = 0; o < num_outputs; ++o) {
-        if (order[o] < 0) continue;
-        char* const panel = data + size_t(o / kPanel) * panel_bytes;
-        const size_t source_row = size_t(order[o]) * inner;
-        for (int i = 0; i < inner; ++i) {
-            if (type == kBf16) {
-                const size_t word = size_t(i / 2) * kPanel + o % kPanel;
-                reinterpret_cast<uint16_t*>(panel)[word * 2 + i % 2] = bf16_at(source, source_row + i);
-            } else {
-                reinterpret_cast<float*>(panel)[size_t(i) * kPanel + o % kPanel] =
-                    static_cast<const float*>(source)[source_row + i];
-            }
-        }
-    }
     data_ = data;
     panel_bytes_ = panel_bytes;
     num_panels_ = num_panels;
     num_outputs_ = num_outputs;
+    inner_ = inner;
+    type_ = source.packed_type;
+    scales_.assign(type_ == kInt8 ? size_t(num_panels) * kPanel : 0, 0.0f);
+    for (int o = 0; o < num_outputs; ++o) {
+        if (order[o] >= 0) type_ == kInt8 ? pack_rounded(source, order[o], o) : pack_output(source, order[o], o);
+    }
     inner_ = padded_inner;
-    type_ = type;
     return true;
+}
+
+void Packed::pack_output(const Source& source, size_t row, int output) {
+    char* const panel = data_ + size_t(output / kPanel) * panel_bytes_;
+    for (int i = 0; i < inner_; ++i) {
+        if (type_ == kBf16) {
+            const size_t word = size_t(i / 2) * kPanel + output % kPanel;
+            reinterpret_cast<uint16_t*>(panel)[word * 2 + i % 2] =
+                static_cast<const uint16_t*>(source.data)[row * inner_ + i];
+        } else {
+            reinterpret_cast<float*>(panel)[size_t(i) * kPanel + output % kPanel] = source.at(row * inner_ + i);
+        }
+    }
+}
+
+void Packed::pack_rounded(const Source& source, size_t row, int output) {
+    float largest = 0.0f;
+    for (int i = 0; i < inner_; ++i) largest = std::max(largest, std::fabs(source.at(row * inner_ + i)));
+    const float scale = std::max(largest / 127.0f, FLT_MIN);
+    scales_[output] = scale;
+    int8_t* const panel = reinterpret_cast<int8_t*>(data_ + size_t(output / kPanel) * panel_bytes_);
+    for (int i = 0; i < inner_; ++i) {
+        panel[size_t(i) * kPanel + output % kPanel] = int8_t(std::lrint(source.at(row * inner_ + i) / scale));
+    }
 }
 
 void Packed::product(int panel, const float* const* rows, int num_rows, float* out) const {
@@ -127,10 +155,11 @@ void Packed::product(int panel, const float* const* rows, int num_rows, float* o
     const int num_tiles = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
     for (int first = 0, left = num_tiles; left > 0; --left) {
         const int size = (num_rows - first + left - 1) / left;
-        if (type_ == kBf16) {
-            tile_of<kBf16>(size, weights, rows + first, inner_, out + size_t(first) * kPanel);
-        } else {
-            tile_of<kFp32>(size, weights, rows + first, inner_, out + size_t(first) * kPanel);
+        float* const to = out + size_t(first) * kPanel;
+        switch (type_) {
+            case kFp32: tile_of<kFp32>(size, weights, nullptr, rows + first, inner_, to); break;
+            case kBf16: tile_of<kBf16>(size, weights, nullptr, rows + first, inner_, to); break;
+            case kInt8: tile_of<kInt8>(size, weights, scales_.data() + size_t(panel) * kPanel, rows + first, inner_, to);
         }
         first += size;
     }

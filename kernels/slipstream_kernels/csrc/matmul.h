@@ -22,8 +22,20 @@ constexpr int kPanel = kVectors * kLanes;  // outputs that are computed together
 // lines of the first-level cache; one line more spreads them.
 inline int row_stride(int inner) { return (inner + 15) / 16 * 16 + 16; }
 
+// A tensor as it is handed over, and what it is packed in.
+struct Source {
+    const void* data;
+    SlipstreamType type, packed_type;
+
+    float at(size_t index) const {
+        return type == kBf16 ? bf16_to_float(static_cast<const uint16_t*>(data)[index])
+                             : static_cast<const float*>(data)[index];
+    }
+};
+
 // A weight matrix [outputs, inner] in panels, each contiguous: for every pair of inner indices, kPanel words that hold
-// two bf16 (the even index in the low half); or for every inner index kPanel fp32. A pass reads it once, in order.
+// two bf16 (the even index in the low half); or for every inner index kPanel fp32 or int8. A pass reads it once, in
+// order. With int8, weight = scale of its output * integer, the largest of an output being 127.
 class Packed {
    public:
     Packed() = default;
@@ -32,7 +44,7 @@ class Packed {
     ~Packed();
 
     // `order[o]` is the source row of output o, -1 for zeros; source is row-major [rows, inner]. False without memory.
-    bool pack(const void* source, SlipstreamType type, int inner, const int* order, int num_outputs);
+    bool pack(const Source& source, int inner, const int* order, int num_outputs);
 
     int num_panels() const { return num_panels_; }
     int num_outputs() const { return num_outputs_; }
@@ -42,7 +54,11 @@ class Packed {
     void product(int panel, const float* const* rows, int num_rows, float* out) const;
 
    private:
+    void pack_output(const Source& source, size_t row, int output);
+    void pack_rounded(const Source& source, size_t row, int output);
+
     char* data_ = nullptr;
+    std::vector<float> scales_;  // of outputs, padded to panels; only with int8
     size_t panel_bytes_ = 0;
     int num_panels_ = 0, num_outputs_ = 0, inner_ = 0;
     SlipstreamType type_ = kFp32;

@@ -34,6 +34,18 @@ inline Floats load(const float* from) {
     return value;
 }
 
+inline Floats load(const int8_t* from) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    Floats value;
+    for (int lane = 0; lane < kLanes; ++lane) value[lane] = float(from[lane]);
+    return value;
+#endif
+}
+
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
 inline Floats splat(float value) { return Floats{} + value; }
