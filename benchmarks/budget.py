@@ -49,7 +49,7 @@ def lines(num_requests: int, nodes_each: int) -> Iterator[tuple[str, Callable[[]
     nodes = DrawnNodes(survivals_X, parents_X)
 
     def price() -> NDArray[np.float64]:
-        return cost.over_nodes(num_rows=num_requests, max_nodes=num_nodes, context_tokens=CONTEXT_TOKENS)[0]
+        return cost.over_nodes(num_rows=num_requests, max_nodes=num_nodes, context_tokens=CONTEXT_TOKENS).seconds
 
     def choose(step_s: NDArray[np.float64]) -> object:
         return choose_nodes(nodes, step_s, num_requests=num_requests, token_rate=TOKEN_RATE, rule="equality")

@@ -33,7 +33,8 @@ class ChainWorth(NamedTuple):
     their next tokens survive, less that, adds up to less than the `pass_tokens` that the next pass costs: who drafts
     with others pays for a pass together.
 
-    A next token is expected to survive its forerunners as they survived theirs, on average. Survivals float64 [8 places, score levels], at temperature 0 and above it (`slipstream.drafting.survival`).
+    A next token is expected to survive its forerunners as they survived theirs, on average. Survivals are float64
+    [8 places, score levels], at temperature 0 and above it (`slipstream.drafting.survival`).
     """
 
     min_survival: float

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from slipstream.drafting.drafter import Lesson, StepLoad
 from slipstream.drafting.modes import Mode, Modes
 from slipstream.drafting.overhead import Overhead
-from slipstream.drafting.step_cost import StepCost, distinct_experts
+from slipstream.drafting.step_cost import NodeCosts, StepCost, distinct_experts
 from slipstream_kernels.merging import Float64, Price
 
 LARGEST_BAR = 0.9
@@ -24,6 +26,9 @@ LARGEST_BAR = 0.9
 _LARGEST_SURPRISE = 2.0
 """A step counts as long as so many times what was expected of it, at most: the machine may have interrupted it."""
 
+
+_LITTLE_KNOWN = 0.14
+"""Where less of an error is due to the pace, the size is new: every step of it counts."""
 
 _PROMISED_REMEMBERED = 1_000.0
 """Expected tokens that are compared with those that came."""
@@ -74,7 +79,9 @@ class Economy:
         self._mode = Mode.OFF
         self._is_typical = False
         self._expected_pass_s = self._plain_s = 1.0
-        self._drafted_tokens = 0.0
+        self._costs = _NO_COSTS
+        self._pace_share = self._drafted_tokens = 0.0
+        self._is_observed = False
         self._promises = {mode: Promise() for mode in Mode}
 
     def choose(self, load: StepLoad, *, has_floor: bool, has_chain: bool) -> Mode:
@@ -91,28 +98,28 @@ class Economy:
     def price(self, max_nodes: int) -> Price:
         """What up to so many nodes cost the coming step."""
         load = self._load
-        step_s, least_share = self.step_cost.over_nodes(
+        costs = self.step_cost.over_nodes(
             num_rows=load.num_rows, max_nodes=max_nodes, context_tokens=load.context_tokens
         )
         gain = max(self.modes.gain(self._mode, num_requests=load.num_choosing), 1.0)
-        token_rate = gain * load.num_choosing / self._plain_step_s(step_s)
+        token_rate = gain * load.num_choosing / self._plain_step_s(costs.seconds)
         # Nodes that survive less often than this never pay, whatever their number.
-        min_survival = min(token_rate * least_share * float(step_s[0]), LARGEST_BAR)
-        return Price(step_s, token_rate, load.num_choosing, min_survival)
+        min_survival = min(token_rate * costs.least_share * float(costs.seconds[0]), LARGEST_BAR)
+        self._costs = costs
+        return Price(costs.seconds, token_rate, load.num_choosing, min_survival)
 
-    def expect(self, step_s: Float64, *, num_nodes: int, drafted_tokens: float) -> None:
-        """The coming step has so many nodes, where one with n takes `step_s[n]` seconds for its pass.
-
-        `drafted_tokens` is the sum of what they survive.
-        """
-        self._expected_pass_s = float(step_s[num_nodes])
+    def expect(self, *, num_nodes: int, drafted_tokens: float) -> None:
+        """The coming step has so many of the nodes that were priced; `drafted_tokens` is what they survive, summed."""
+        self._expected_pass_s = float(self._costs.seconds[num_nodes])
+        self._pace_share = float(self._costs.pace_shares[num_nodes])
         self._drafted_tokens = drafted_tokens
-        self._plain_s = self._plain_step_s(step_s)
+        self._plain_s = self._plain_step_s(self._costs.seconds)
 
-    def observe(self, lesson: Lesson) -> None:
-        """Correct the prediction of what passes cost by this one."""
+    def observe(self, lesson: Lesson, *, is_due: bool) -> None:
+        """Correct the prediction of what passes cost by this one, if that is due, or little is known of its size."""
         load = self._load
-        if load.num_rows == load.num_choosing:
+        self._is_observed = load.num_rows == load.num_choosing and (is_due or self._pace_share < _LITTLE_KNOWN)
+        if self._is_observed:
             self.step_cost.observe(
                 num_rows=lesson.num_rows,
                 context_tokens=load.context_tokens,
@@ -132,11 +139,12 @@ class Economy:
         if took.is_usual:
             self._overhead.observe(mode, load.num_choosing, took.step_s - took.pass_s)
         if mode is Mode.OFF:
-            line_s, _ = self.step_cost.over_nodes(
+            self._costs = self.step_cost.over_nodes(
                 num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens
             )
-            self.expect(line_s, num_nodes=0, drafted_tokens=0.0)
-        self.step_cost.keep_pace(took.pass_s / self._expected_pass_s)
+            self.expect(num_nodes=0, drafted_tokens=0.0)
+        if not self._is_observed:
+            self.step_cost.keep_pace(took.pass_s / self._expected_pass_s, pace_share=self._pace_share)
         if not took.is_usual:
             self.modes.note_extra(plain_steps=took.step_s / self._plain_s)
             return
@@ -150,3 +158,6 @@ class Economy:
     def _plain_step_s(self, step_s: Float64) -> float:
         """What a step like this one takes without drafting."""
         return float(step_s[0]) + self._overhead.expected_s(Mode.OFF, self._load.num_choosing)
+
+
+_NO_COSTS = NodeCosts(np.ones(1), 0.0, np.ones(1))

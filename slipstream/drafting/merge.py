@@ -181,7 +181,7 @@ class MergedDrafter:
         self._take_in(merged.num_judged)
         if self.economy is not None:
             drafted_tokens = merged.expected_tokens - price.num_choosing
-            self.economy.expect(price.step_s, num_nodes=len(merged.token_ids_X), drafted_tokens=drafted_tokens)
+            self.economy.expect(num_nodes=len(merged.token_ids_X), drafted_tokens=drafted_tokens)
         return trees_of(merged.token_ids_X, merged.parents_X, merged.ends_B, drafter="merged", versions=versions)
 
     def finished(self, *, step_s: float, pass_s: float, num_tokens: int) -> None:
@@ -200,9 +200,9 @@ class MergedDrafter:
 
     def learn(self, lesson: Lesson) -> None:
         """Take over what the target said, and correct what passes cost."""
-        is_nth = self._num_steps % _STEPS_BETWEEN_COSTS == 0 or self._mode is Mode.OFF
-        if is_nth and self.economy is not None:
-            self.economy.observe(lesson)
+        if self.economy is not None:
+            is_due = self._num_steps % _STEPS_BETWEEN_COSTS == 0 or self._mode is Mode.OFF
+            self.economy.observe(lesson, is_due=is_due)
         if "recycling" in self.options.sources:
             self._recycle(lesson)
         for request in lesson.requests:

@@ -3,8 +3,8 @@
     predicted seconds = pace x (base(rows, context) + seconds per expert x distinct experts(rows))
 
 `pace` is how the machine does just now beside how it did when it was measured: memory that others share is now half,
-now twice as fast. It follows the last few steps, the rest many. `base` is a table of points, measured at start-up by
-`measure` and corrected by every step that is observed (`step_table`). `distinct experts` is
+now twice as fast. `base` is a table of points, measured at start-up by `measure`. `step_table` corrects both by the
+steps that are observed. `distinct experts` is
 what the rows of a step wake per layer: E (1 - (1 - K/E) ** (n ** a)) for n rows that each choose K of E experts, where
 a = 1 would be independent choices and less is what neighbours share; it is fitted online. A dense model has no such
 term.
@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -36,11 +36,8 @@ _FORGETTING = 0.995
 _CONTEXT_STEP = 64
 """Contexts that differ by less are priced alike."""
 
-_STEPS_REMEMBERED = 16
+_STEPS_REMEMBERED = 4
 """Observed steps after which prices are made anew from the table."""
-
-_PACE_RATIO = 0.2
-"""What the newest step counts for the pace."""
 
 _LARGEST_SURPRISE_RATIO = 0.3
 """An error counts up to this share of the prediction: a step that the machine interrupted says little."""
@@ -153,6 +150,16 @@ class ExpertUnion:
         self._log_rows_log_effective = _FORGETTING * self._log_rows_log_effective + evidence
 
 
+class NodeCosts(NamedTuple):
+    """Seconds of a step with 0, 1, ... nodes; what a node adds where nodes add least, as a share of the step without
+    any; and at every number of nodes, what share of an error of the prediction is due to the machine's pace.
+    """
+
+    seconds: Float64
+    least_share: float
+    pace_shares: Float64
+
+
 class StepCost:
     """Predicts seconds of steps; `observe` corrects it by what steps took.
 
@@ -165,7 +172,6 @@ class StepCost:
     ) -> None:
         """`shape_buckets` are the row counts, ascending, that steps are padded to; larger steps are not padded."""
         self._experts = experts
-        self._pace = 1.0
         buckets = np.array((0, *shape_buckets), dtype=np.int64)
         # Entry n is the bucket of n rows.
         self._padded_rows = buckets[np.searchsorted(buckets, np.arange(buckets[-1] + 1))]
@@ -179,7 +185,7 @@ class StepCost:
         base_s_GC = seconds - self._expert_s * num_experts
         self._base = StepTable(measured.rows, measured.contexts, base_s_GC, errors_s_GC=seconds)
         self._rows = self._base.rows
-        self._lines: dict[tuple[int, int, int], tuple[Float64, float]] = {}
+        self._lines: dict[tuple[int, int, int], NodeCosts] = {}
         self._forgets_at = 0
         self.num_steps = 0
         self.mean_error_ratio = 0.0
@@ -187,7 +193,7 @@ class StepCost:
     @property
     def seconds_per_expert(self) -> float:
         """What one more distinct expert in every layer adds to a step just now; 0 for a dense model."""
-        return self._pace * self._expert_s
+        return self._base.pace * self._expert_s
 
     @property
     def _expert_s(self) -> float:
@@ -205,13 +211,12 @@ class StepCost:
         if len(rows) and rows.max() > self._rows[-1] and len(self._rows) > 1:
             slope = max((points_s[-1] - points_s[-2]) / (self._rows[-1] - self._rows[-2]), 0.0)
             seconds += slope * np.maximum(rows - self._rows[-1], 0.0)
-        return seconds * self._pace
+        return seconds * self._base.pace
 
-    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> tuple[Float64, float]:
-        """Seconds of a step of `num_rows` rows and 0, 1, ... `max_nodes` nodes beside them: max_nodes + 1 entries.
+    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> NodeCosts:
+        """What a step of `num_rows` rows takes with 0, 1, ... `max_nodes` nodes beside them.
 
-        And what a node adds where nodes add least, as a share of the step without any. Asked every step, so all but the
-        pace is remembered for a while, for contexts that are nearly as long.
+        Asked every step, so all but the pace is remembered for a while, for contexts that are nearly as long.
         """
         key = num_rows, max_nodes, round(context_tokens / _CONTEXT_STEP)
         if self.num_steps >= self._forgets_at:
@@ -219,11 +224,13 @@ class StepCost:
             self._forgets_at = self.num_steps + _STEPS_REMEMBERED
         if key not in self._lines:
             rows = np.arange(num_rows, num_rows + max_nodes + 1)
-            line = self.predict_s(rows, context_tokens=context_tokens) / self._pace
+            line = self.predict_s(rows, context_tokens=context_tokens) / self._base.pace
             added = (line[1:] - line[0]) / np.arange(1, len(line))
-            self._lines[key] = line, max(float(added.min(initial=np.inf) / line[0]), 0.0)
-        line, least_share = self._lines[key]
-        return line * self._pace, least_share
+            least_share = max(float(added.min(initial=np.inf) / line[0]), 0.0)
+            pace_shares = np.interp(self._padded(rows), self._rows, self._base.pace_line(context_tokens))
+            self._lines[key] = NodeCosts(line, least_share, pace_shares)
+        costs = self._lines[key]
+        return costs._replace(seconds=costs.seconds * self._base.pace)
 
     def observe(
         self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None = None
@@ -233,8 +240,8 @@ class StepCost:
         usual_experts = self._experts.expected_of(rows) if self._experts else 0.0
         expected = self._base.at(rows, context_tokens) + self._expert_s * usual_experts
         if rows > self._rows[-1]:
-            expected = float(self.predict_s(np.array([rows]), context_tokens=context_tokens)[0]) / self._pace
-        measured = seconds / self._pace
+            expected = float(self.predict_s(np.array([rows]), context_tokens=context_tokens)[0]) / self._base.pace
+        measured = seconds / self._base.pace
         self._note_error(abs(expected - measured) / max(measured, 1e-9))
         surprise = _LARGEST_SURPRISE_RATIO * expected
         error = min(max(measured - expected, -surprise), surprise)
@@ -243,11 +250,15 @@ class StepCost:
             self._learn_experts(self._experts, more, error)
             error -= more * self._expert_s
             self._experts.observe(num_rows=num_rows, num_experts=num_experts)
-        self._base.correct(rows, context_tokens, error_s=error)
+        self._base.correct(rows, context_tokens, expected_s=expected, error_s=error)
 
-    def keep_pace(self, ratio: float) -> None:
-        """A step took so many times the seconds predicted for it. Cheap, so that every step can tell."""
-        self._pace *= 1 + _PACE_RATIO * min(max(ratio - 1, -0.5), 0.5)
+    def keep_pace(self, ratio: float, *, pace_share: float) -> None:
+        """A step that is not observed took so many times what was predicted. Cheap, so that every other step can tell.
+
+        `pace_share` is what of an error is the pace's, see `NodeCosts`.
+        """
+        surprise = min(max(ratio - 1, -_LARGEST_SURPRISE_RATIO), _LARGEST_SURPRISE_RATIO)
+        self._base.keep_pace(pace_share * surprise)
 
     def _learn_experts(self, experts: ExpertUnion, more: float, error: float) -> None:
         """A step woke `more` experts than expected, and took `error` seconds more than predicted."""

@@ -41,7 +41,8 @@ def take(
         pass_s = 1.0 + 0.2 * num_nodes
         if mode is not Mode.OFF:
             drafted_tokens = num_tokens - 1 if promised_tokens is None else promised_tokens
-            one.expect(one.price(7).step_s, num_nodes=num_nodes, drafted_tokens=drafted_tokens)
+            one.price(7)
+            one.expect(num_nodes=num_nodes, drafted_tokens=drafted_tokens)
         one.settle(Took(pass_s + BESIDE_S, pass_s, num_tokens, is_usual=True), is_counted=True)
 
 
@@ -94,7 +95,8 @@ def test_a_step_that_the_machine_interrupted_counts_as_two() -> None:
     one = economy()
     take(one, Mode.FLOOR, num_steps=100, num_tokens=2)
     before = one.modes.gain(Mode.FLOOR, num_requests=1)
-    one.expect(one.price(7).step_s, num_nodes=0, drafted_tokens=1.0)
+    one.price(7)
+    one.expect(num_nodes=0, drafted_tokens=1.0)
     one.settle(Took(1_000.0, 999.0, 2, is_usual=True), is_counted=True)
     assert one.modes.gain(Mode.FLOOR, num_requests=1) > 0.97 * before
 
@@ -102,7 +104,8 @@ def test_a_step_that_the_machine_interrupted_counts_as_two() -> None:
 def test_steps_that_read_prompts_and_plain_ones_nobody_asked_for_tell_nothing() -> None:
     one = economy()
     one.choose(load(num_rows=100), has_floor=True, has_chain=False)
-    one.expect(one.price(7).step_s, num_nodes=0, drafted_tokens=0.0)
+    one.price(7)
+    one.expect(num_nodes=0, drafted_tokens=0.0)
     one.settle(Took(9.0, 8.0, 1, is_usual=True), is_counted=True)
     assert one.modes.gain(Mode.FLOOR, num_requests=1) == 1.0
     one.choose(load(), has_floor=False, has_chain=False)

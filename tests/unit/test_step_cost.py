@@ -50,7 +50,7 @@ def test_rows_are_rounded_up_to_their_shape_before_they_are_priced() -> None:
 
 def test_over_nodes_prices_no_node_first() -> None:
     cost = StepCost(dense(TABLE))
-    over, least_share = cost.over_nodes(num_rows=2, max_nodes=2, context_tokens=16)
+    over, least_share, _ = cost.over_nodes(num_rows=2, max_nodes=2, context_tokens=16)
     assert over.tolist() == pytest.approx([1.2, 1.4, 1.6])
     assert least_share == pytest.approx(0.2 / 1.2)
 
@@ -148,9 +148,8 @@ def test_the_error_reported_is_of_predictions_made_before() -> None:
 
 def follow(cost: StepCost, *, seconds_of_one_row: float) -> None:
     """A step of one row took so long."""
-    predicted_s = seconds(cost, 1)[0]
-    cost.observe(num_rows=1, context_tokens=16, seconds=seconds_of_one_row)
-    cost.keep_pace(seconds_of_one_row / predicted_s)
+    costs = cost.over_nodes(num_rows=1, max_nodes=0, context_tokens=16)
+    cost.keep_pace(seconds_of_one_row / costs.seconds[0], pace_share=costs.pace_shares[0])
 
 
 def test_one_interrupted_step_moves_little() -> None:

@@ -17,7 +17,8 @@ def table() -> StepTable:
 
 def see(one: StepTable, num_rows: int, seconds: float, *, times: int = 1, context: float = 16) -> None:
     for _ in range(times):
-        one.correct(num_rows, context, error_s=seconds - one.at(num_rows, context))
+        expected_s = one.at(num_rows, context)
+        one.correct(num_rows, context, expected_s=expected_s, error_s=seconds / one.pace - expected_s)
 
 
 def test_lines_between_points_are_straight_and_level_outside() -> None:
@@ -55,16 +56,32 @@ def test_where_every_size_is_seen_the_table_is_what_steps_take() -> None:
         num_rows, context = int(rng.integers(1, 9)), float(rng.uniform(16, 1024))
         see(one, num_rows, truth.at(num_rows, context) * rng.normal(1, 0.03), context=context)
     for rows in ROWS:
-        assert one.at(rows, 500) == pytest.approx(truth.at(rows, 500), rel=0.06)
+        assert one.at(rows, 500) * one.pace == pytest.approx(truth.at(rows, 500), rel=0.06)
 
 
-def test_points_that_others_took_all_seconds_from_follow_like_the_rest() -> None:
-    one = table()
+def test_points_that_experts_took_all_seconds_from_follow_like_the_rest() -> None:
+    one, of_experts_s = table(), 1.6
     one.lower(np.full(len(ROWS), 10.0))
     assert one.at(4, 16) == pytest.approx(0.0, abs=1e-6)
-    see(one, 4, 1.0, times=30)
-    assert one.at(4, 16) == pytest.approx(1.0, rel=0.05)
-    assert one.at(8, 16) < 3.0
+    for _ in range(30):
+        expected_s = one.at(4, 16) + of_experts_s
+        one.correct(4, 16, expected_s=expected_s, error_s=2.0 / one.pace - expected_s)
+    assert (one.at(4, 16) + of_experts_s) * one.pace == pytest.approx(2.0, rel=0.02)
+    assert one.at(8, 16) < 1.0
+
+
+def test_the_first_steps_of_a_size_correct_the_table_and_later_ones_the_pace() -> None:
+    one = table()
+    see(one, 4, 2.0, times=3)
+    assert one.pace == pytest.approx(1.0, abs=0.05)
+    assert one.at(4, 16) == pytest.approx(2.0, rel=0.05)
+    before = one.at(4, 16)
+    see(one, 4, 2.0, times=100)
+    see(one, 4, 3.0, times=3)
+    assert one.pace > 1.15
+    assert one.at(4, 16) < 1.2 * before
+    shares = one.pace_line(16)
+    assert int(shares.argmax()) == ROWS.index(4)
 
 
 @pytest.mark.parametrize(("rows", "contexts"), [((), (1,)), ((1,), ()), ((1, 1), (1,)), ((1, 2), (5, 4))])
