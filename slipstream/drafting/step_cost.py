@@ -4,10 +4,9 @@
 
 `pace` is how the machine does just now beside how it did when it was measured: memory that others share is now half,
 now twice as fast. `base` is a table of points, measured at start-up by `measure`. `step_table` corrects both by the
-steps that are observed. `distinct experts` is
-what the rows of a step wake per layer: E (1 - (1 - K/E) ** (n ** a)) for n rows that each choose K of E experts, where
-a = 1 would be independent choices and less is what neighbours share; it is fitted online. A dense model has no such
-term.
+steps that are observed. `distinct experts` is what the rows of a step wake per layer: E (1 - (1 - K/E) ** (n ** a)) for
+n rows that each choose K of E experts, where a = 1 would be independent choices and less is what neighbours share; it
+is fitted online. A dense model has no such term.
 """
 
 from __future__ import annotations
@@ -183,8 +182,8 @@ class StepCost:
         seconds = (measured.varied_s_GC + measured.alike_s_GC) / 2
         num_experts = (measured.varied_experts_GC + measured.alike_experts_GC) / 2
         base_s_GC = seconds - self._expert_s * num_experts
-        self._base = StepTable(measured.rows, measured.contexts, base_s_GC, errors_s_GC=seconds)
-        self._rows = self._base.rows
+        self._table = StepTable(measured.rows, measured.contexts, base_s_GC, errors_s_GC=seconds)
+        self._rows = self._table.rows
         self._lines: dict[tuple[int, int, int], NodeCosts] = {}
         self._forgets_at = 0
         self.num_steps = 0
@@ -193,7 +192,7 @@ class StepCost:
     @property
     def seconds_per_expert(self) -> float:
         """What one more distinct expert in every layer adds to a step just now; 0 for a dense model."""
-        return self._base.pace * self._expert_s
+        return self._table.pace * self._expert_s
 
     @property
     def _expert_s(self) -> float:
@@ -211,7 +210,7 @@ class StepCost:
         if len(rows) and rows.max() > self._rows[-1] and len(self._rows) > 1:
             slope = max((points_s[-1] - points_s[-2]) / (self._rows[-1] - self._rows[-2]), 0.0)
             seconds += slope * np.maximum(rows - self._rows[-1], 0.0)
-        return seconds * self._base.pace
+        return seconds * self._table.pace
 
     def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> NodeCosts:
         """What a step of `num_rows` rows takes with 0, 1, ... `max_nodes` nodes beside them.
@@ -224,13 +223,13 @@ class StepCost:
             self._forgets_at = self.num_steps + _STEPS_REMEMBERED
         if key not in self._lines:
             rows = np.arange(num_rows, num_rows + max_nodes + 1)
-            line = self.predict_s(rows, context_tokens=context_tokens) / self._base.pace
+            line = self.predict_s(rows, context_tokens=context_tokens) / self._table.pace
             added = (line[1:] - line[0]) / np.arange(1, len(line))
             least_share = max(float(added.min(initial=np.inf) / line[0]), 0.0)
-            pace_shares = np.interp(self._padded(rows), self._rows, self._base.pace_line(context_tokens))
+            pace_shares = np.interp(self._padded(rows), self._rows, self._table.pace_line(context_tokens))
             self._lines[key] = NodeCosts(line, least_share, pace_shares)
         costs = self._lines[key]
-        return costs._replace(seconds=costs.seconds * self._base.pace)
+        return costs._replace(seconds=costs.seconds * self._table.pace)
 
     def observe(
         self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None = None
@@ -238,10 +237,10 @@ class StepCost:
         """A step took `seconds`, and used `num_experts` distinct experts a layer if that is known."""
         rows = int(self._padded_rows[num_rows]) if num_rows < len(self._padded_rows) else num_rows
         usual_experts = self._experts.expected_of(rows) if self._experts else 0.0
-        expected = self._base.at(rows, context_tokens) + self._expert_s * usual_experts
+        expected = self._table.at(rows, context_tokens) + self._expert_s * usual_experts
         if rows > self._rows[-1]:
-            expected = float(self.predict_s(np.array([rows]), context_tokens=context_tokens)[0]) / self._base.pace
-        measured = seconds / self._base.pace
+            expected = float(self.predict_s(np.array([rows]), context_tokens=context_tokens)[0]) / self._table.pace
+        measured = seconds / self._table.pace
         self._note_error(abs(expected - measured) / max(measured, 1e-9))
         surprise = _LARGEST_SURPRISE_RATIO * expected
         error = min(max(measured - expected, -surprise), surprise)
@@ -250,7 +249,7 @@ class StepCost:
             self._learn_experts(self._experts, more, error)
             error -= more * self._expert_s
             self._experts.observe(num_rows=num_rows, num_experts=num_experts)
-        self._base.correct(rows, context_tokens, expected_s=expected, error_s=error)
+        self._table.correct(rows, context_tokens, expected_s=expected, error_s=error)
 
     def keep_pace(self, ratio: float, *, pace_share: float) -> None:
         """A step that is not observed took so many times what was predicted. Cheap, so that every other step can tell.
@@ -258,7 +257,7 @@ class StepCost:
         `pace_share` is what of an error is the pace's, see `NodeCosts`.
         """
         surprise = min(max(ratio - 1, -_LARGEST_SURPRISE_RATIO), _LARGEST_SURPRISE_RATIO)
-        self._base.keep_pace(pace_share * surprise)
+        self._table.keep_pace(pace_share * surprise)
 
     def _learn_experts(self, experts: ExpertUnion, more: float, error: float) -> None:
         """A step woke `more` experts than expected, and took `error` seconds more than predicted."""
@@ -267,7 +266,7 @@ class StepCost:
         self._woken_squared = _FORGETTING * self._woken_squared + more**2
         # The table gives up what experts now account for: predictions of expected steps stay what they were.
         change = self._expert_s - before
-        self._base.lower(change * experts.expected(self._rows))
+        self._table.lower(change * experts.expected(self._rows))
 
     def _note_error(self, error_ratio: float) -> None:
         self.num_steps += 1
@@ -275,7 +274,7 @@ class StepCost:
 
     def _points_s(self, context_tokens: float) -> Float64:
         """Seconds at each measured number of rows, for this context."""
-        points_s = self._base.line(context_tokens)
+        points_s = self._table.line(context_tokens)
         return points_s + self._expert_s * self._experts.expected(self._rows) if self._experts else points_s
 
     def _padded(self, num_rows: NDArray[np.int64]) -> NDArray[np.int64]:

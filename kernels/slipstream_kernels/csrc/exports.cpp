@@ -47,7 +47,8 @@ void SLIPSTREAM_EXPORT(decoder_keep)(void* decoder, int32_t num_moves, const int
 auto SLIPSTREAM_EXPORT(matrix_new)(const void* data, int32_t type, int32_t packed_type, int32_t outputs, int32_t inner)
     -> void* {
     auto* const matrix = new isa::Packed;
-    if (matrix->pack({data, SlipstreamType(type), SlipstreamType(packed_type)}, inner, isa::in_order(outputs).data(), outputs)) return matrix;
+    const isa::Source source{data, SlipstreamType(type), SlipstreamType(packed_type)};
+    if (matrix->pack(source, inner, isa::in_order(outputs).data(), outputs)) return matrix;
     delete matrix;
     return nullptr;
 }

@@ -36,16 +36,10 @@ inline void accumulate_pair(const char* weights, const float* const* x, int i, F
     }
 }
 
-inline void load_weights(const float* from, Floats (&weights)[kVectors]) { std::memcpy(weights, from, sizeof weights); }
-
-inline void load_weights(const int8_t* from, Floats (&weights)[kVectors]) {
-    for (int v = 0; v < kVectors; ++v) weights[v] = load(from + v * kLanes);
-}
-
 template <int kRows, class Weight>
 inline void accumulate_one(const char* weights, const float* const* x, int i, Floats (&sums)[kRows][kVectors]) {
     Floats weight[kVectors];
-    load_weights(reinterpret_cast<const Weight*>(weights), weight);
+    for (int v = 0; v < kVectors; ++v) weight[v] = load(reinterpret_cast<const Weight*>(weights) + v * kLanes);
     for (int row = 0; row < kRows; ++row) {
         const Floats value = splat(x[row][i]);
         for (int v = 0; v < kVectors; ++v) sums[row][v] = fma(weight[v], value, sums[row][v]);
@@ -66,10 +60,10 @@ void tile(const char* weights, const float* scales, const float* const* x, int i
         }
         weights += kBytes;
     }
-    for (int v = 0; v < kVectors; ++v) {
-        const Floats scale = kType == kInt8 ? load(scales + v * kLanes) : splat(1.0f);
-        for (int row = 0; row < kRows; ++row) {
-            store(out + row * kPanel + v * kLanes, kType == kInt8 ? sums[row][v] * scale : sums[row][v]);
+    for (int row = 0; row < kRows; ++row) {
+        for (int v = 0; v < kVectors; ++v) {
+            if constexpr (kType == kInt8) sums[row][v] = sums[row][v] * load(scales + v * kLanes);
+            store(out + row * kPanel + v * kLanes, sums[row][v]);
         }
     }
 }
@@ -115,37 +109,38 @@ bool Packed::pack(const Source& source, int inner, const int* order, int num_out
     panel_bytes_ = panel_bytes;
     num_panels_ = num_panels;
     num_outputs_ = num_outputs;
-    inner_ = inner;
+    inner_ = padded_inner;
     type_ = source.packed_type;
     scales_.assign(type_ == kInt8 ? size_t(num_panels) * kPanel : 0, 0.0f);
     for (int o = 0; o < num_outputs; ++o) {
-        if (order[o] >= 0) type_ == kInt8 ? pack_rounded(source, order[o], o) : pack_output(source, order[o], o);
+        if (order[o] < 0) continue;
+        const size_t first = size_t(order[o]) * inner;
+        type_ == kInt8 ? pack_rounded(source, first, inner, o) : pack_output(source, first, inner, o);
     }
-    inner_ = padded_inner;
     return true;
 }
 
-void Packed::pack_output(const Source& source, size_t row, int output) {
+void Packed::pack_output(const Source& source, size_t first, int inner, int output) {
     char* const panel = data_ + size_t(output / kPanel) * panel_bytes_;
-    for (int i = 0; i < inner_; ++i) {
+    for (int i = 0; i < inner; ++i) {
         if (type_ == kBf16) {
             const size_t word = size_t(i / 2) * kPanel + output % kPanel;
-            reinterpret_cast<uint16_t*>(panel)[word * 2 + i % 2] =
-                static_cast<const uint16_t*>(source.data)[row * inner_ + i];
+            const uint16_t* const bits = static_cast<const uint16_t*>(source.data) + first;
+            reinterpret_cast<uint16_t*>(panel)[word * 2 + i % 2] = bits[i];
         } else {
-            reinterpret_cast<float*>(panel)[size_t(i) * kPanel + output % kPanel] = source.at(row * inner_ + i);
+            reinterpret_cast<float*>(panel)[size_t(i) * kPanel + output % kPanel] = source.at(first + i);
         }
     }
 }
 
-void Packed::pack_rounded(const Source& source, size_t row, int output) {
+void Packed::pack_rounded(const Source& source, size_t first, int inner, int output) {
     float largest = 0.0f;
-    for (int i = 0; i < inner_; ++i) largest = std::max(largest, std::fabs(source.at(row * inner_ + i)));
+    for (int i = 0; i < inner; ++i) largest = std::max(largest, std::fabs(source.at(first + i)));
     const float scale = std::max(largest / 127.0f, FLT_MIN);
     scales_[output] = scale;
     int8_t* const panel = reinterpret_cast<int8_t*>(data_ + size_t(output / kPanel) * panel_bytes_);
-    for (int i = 0; i < inner_; ++i) {
-        panel[size_t(i) * kPanel + output % kPanel] = int8_t(std::lrint(source.at(row * inner_ + i) / scale));
+    for (int i = 0; i < inner; ++i) {
+        panel[size_t(i) * kPanel + output % kPanel] = int8_t(std::lrint(source.at(first + i) / scale));
     }
 }
 
@@ -159,7 +154,7 @@ void Packed::product(int panel, const float* const* rows, int num_rows, float* o
         switch (type_) {
             case kFp32: tile_of<kFp32>(size, weights, nullptr, rows + first, inner_, to); break;
             case kBf16: tile_of<kBf16>(size, weights, nullptr, rows + first, inner_, to); break;
-            case kInt8: tile_of<kInt8>(size, weights, scales_.data() + size_t(panel) * kPanel, rows + first, inner_, to);
+            case kInt8: tile_of<kInt8>(size, weights, &scales_[size_t(panel) * kPanel], rows + first, inner_, to); break;
         }
         first += size;
     }

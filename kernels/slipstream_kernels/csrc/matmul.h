@@ -54,8 +54,9 @@ class Packed {
     void product(int panel, const float* const* rows, int num_rows, float* out) const;
 
    private:
-    void pack_output(const Source& source, size_t row, int output);
-    void pack_rounded(const Source& source, size_t row, int output);
+    // `first` is where the output's row begins in the source.
+    void pack_output(const Source& source, size_t first, int inner, int output);
+    void pack_rounded(const Source& source, size_t first, int inner, int output);
 
     char* data_ = nullptr;
     std::vector<float> scales_;  // of outputs, padded to panels; only with int8
