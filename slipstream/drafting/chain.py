@@ -43,6 +43,7 @@ class ChainDrafter:
         max_catch_up_tokens: int,
         device: str = "cpu",
         window: int | None = None,
+        packs_int8: bool = False,
     ) -> None:
         self.version = version
         self.digest = checkpoint.digest
@@ -62,7 +63,7 @@ class ChainDrafter:
             num_node_slots=0,
             max_rows=max(max_catch_up_tokens, num_slots),
             device=device,
-            packs_int8=True,
+            packs_int8=packs_int8,
         )
 
     def release(self, slot: int) -> None:

@@ -204,6 +204,7 @@ class Engine:
             max_context_tokens=self.max_context_tokens,
             device=self._device,
             window=CATCH_UP_WINDOW if self._merged is not None else None,
+            packs_int8=self._merged is not None,
         )
 
     def _drafts(self) -> Mapping[str, Drafter]:

@@ -34,8 +34,12 @@ def open_chain(
     max_context_tokens: int,
     device: str,
     window: int | None = None,
+    packs_int8: bool = False,
 ) -> ChainDrafter:
-    """A draft model, loaded and run once; raises ArtifactRejected if it cannot run. See ChainDrafter for `window`."""
+    """A draft model, loaded and run once; raises ArtifactRejected if it cannot run.
+
+    See ChainDrafter for `window`, `open_decoder` for `packs_int8`.
+    """
     try:
         drafter = ChainDrafter(
             draft,
@@ -45,6 +49,7 @@ def open_chain(
             max_catch_up_tokens=limits.max_step_tokens,
             device=device,
             window=window,
+            packs_int8=packs_int8,
         )
         drafter.warm()
     except (RuntimeError, MemoryError, IndexError, ValueError) as error:

@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 import pytest
 from conftest import LIMITS, Run, Served, request_for, serve
-from numpy.typing import NDArray
 
 from slipstream.drafting.chain import ChainDrafter
 from slipstream.drafting.drafter import DraftContext
@@ -17,6 +16,7 @@ from slipstream.drafting.economy import Economy
 from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, MergedDrafter, Source
 from slipstream.drafting.modes import Mode
 from slipstream.drafting.recycling_artifact import load_matrix
+from slipstream.drafting.step_cost import NodeCosts
 from slipstream.drafting.tree import DraftTree
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import SamplingParams, TokenBlock
@@ -165,13 +165,14 @@ class FixedCost:
     def __init__(self, per_node: float) -> None:
         self._per_node = per_node
 
-    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> tuple[NDArray[np.float64], float]:
-        return 1.0 + self._per_node * np.arange(max_nodes + 1.0), self._per_node
+    def over_nodes(self, *, num_rows: int, max_nodes: int, context_tokens: float) -> NodeCosts:
+        seconds = 1.0 + self._per_node * np.arange(max_nodes + 1.0)
+        return NodeCosts(seconds, self._per_node, np.full(max_nodes + 1, 0.2))
 
     def observe(self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None) -> None:
         pass
 
-    def keep_pace(self, ratio: float) -> None:
+    def keep_pace(self, ratio: float, *, pace_share: float) -> None:
         pass
 
 
