@@ -4,8 +4,8 @@
     token rate     tokens a second that steps of a mode give in the long run; what a second is worth
     price of n nodes   the seconds that they add to the pass, at the token rate
 
-Costs of passes are predicted by `step_cost`, what goes on beside them by `overhead`. What steps really gave in the time
-they really took is what `modes` chooses by.
+Costs of passes are predicted by `step_cost`, what goes on beside them by `overhead`. `modes` chooses by what steps were
+expected to give, as far as such promises were kept, in the time they really took.
 """
 
 from __future__ import annotations

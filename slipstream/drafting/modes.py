@@ -1,6 +1,6 @@
 """Which drafters take part in a step: none, those that cost next to nothing, or the draft model as well.
 
-The gain of a mode is what its steps really gave: tokens over the number of plain steps that they took as long as. It is
+The gain of a mode is what its steps gave: tokens over the number of plain steps that they took as long as. It is
 remembered per mode and size of the batch, to a factor of two. A step is taken in the mode with the largest gain;
 speculation is off where none is much above that of plain steps. Every mode is compared only after steps enough to tell
 at the size at hand; what is known of the next size only prices nodes until then. Now and then another mode is tried,

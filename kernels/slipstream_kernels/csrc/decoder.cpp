@@ -10,8 +10,7 @@ Buffer zeros(size_t size) { return Buffer(new float[size]()); }
 // Not touched, so that the system hands out pages as they are used.
 Buffer unset(size_t size) { return Buffer(new float[size]); }
 
-std::vector<float> as_floats(const void* data, SlipstreamType type, size_t size) {
-    const Source source{data, type, type};
+std::vector<float> as_floats(const Source& source, size_t size) {
     std::vector<float> values(size);
     for (size_t i = 0; i < size; ++i) values[i] = source.at(i);
     return values;
@@ -52,21 +51,22 @@ Decoder::Decoder(const SlipstreamSizes& sizes)
 bool Decoder::set(SlipstreamPart part, int index, int expert, const void* data, SlipstreamType type) {
     const int hidden = sizes_.hidden, query = sizes_.heads * sizes_.head_dim, key = sizes_.kv_heads * sizes_.head_dim;
     const bool is_whole = sizes_.qk_norm == kWhole;
+    const Source whole{data, type, type};
     const Source matrix{data, type, sizes_.packs_int8 ? kInt8 : type};
     Layer& layer = *layers_[index];
     switch (part) {
-        case kEmbedding: embedding_ = data, embedding_type_ = type; return true;
-        case kFinalNorm: final_norm_ = as_floats(data, type, hidden); return true;
+        case kEmbedding: embedding_ = whole; return true;
+        case kFinalNorm: final_norm_ = as_floats(whole, hidden); return true;
         case kHead: return head_.pack(matrix, hidden, in_order(sizes_.vocab).data(), sizes_.vocab);
         case kCosines: cosines_ = static_cast<const float*>(data); return type == kFp32;
         case kSines: sines_ = static_cast<const float*>(data); return type == kFp32;
-        case kAttentionNorm: layer.attention_norm = as_floats(data, type, hidden); return true;
+        case kAttentionNorm: layer.attention_norm = as_floats(whole, hidden); return true;
         case kQkv: return layer.qkv.pack(matrix, hidden, in_order(query + 2 * key).data(), query + 2 * key);
-        case kQueryNorm: layer.query_norm = as_floats(data, type, is_whole ? query : sizes_.head_dim); return true;
-        case kKeyNorm: layer.key_norm = as_floats(data, type, is_whole ? key : sizes_.head_dim); return true;
+        case kQueryNorm: layer.query_norm = as_floats(whole, is_whole ? query : sizes_.head_dim); return true;
+        case kKeyNorm: layer.key_norm = as_floats(whole, is_whole ? key : sizes_.head_dim); return true;
         case kAttentionOut: return layer.attention_out.pack(matrix, query, in_order(hidden).data(), hidden);
-        case kMlpNorm: layer.mlp_norm = as_floats(data, type, hidden); return true;
-        case kRouter: layer.router = as_floats(data, type, size_t(sizes_.experts) * hidden); return true;
+        case kMlpNorm: layer.mlp_norm = as_floats(whole, hidden); return true;
+        case kRouter: layer.router = as_floats(whole, size_t(sizes_.experts) * hidden); return true;
         case kGateUp: return layer.mlp.set_gate_up(expert, matrix);
         case kDown: return layer.mlp.set_down(expert, matrix);
     }

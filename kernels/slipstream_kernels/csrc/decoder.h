@@ -63,8 +63,7 @@ class Decoder {
 
     SlipstreamSizes sizes_;
     int num_experts_, experts_per_token_, delta_width_, qkv_width_, hidden_stride_, attended_stride_;
-    const void* embedding_ = nullptr;
-    SlipstreamType embedding_type_ = kFp32;
+    Source embedding_{};
     const float *cosines_ = nullptr, *sines_ = nullptr;
     std::vector<float> final_norm_;
     Packed head_;

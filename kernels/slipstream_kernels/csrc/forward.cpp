@@ -65,11 +65,7 @@ struct ForwardPass {
     void embed(int row) {
         const size_t first = size_t(plan.ids[row]) * sizes.hidden;
         float* const to = x(row);
-        for (int i = 0; i < sizes.hidden; ++i) {
-            to[i] = decoder.embedding_type_ == kBf16
-                        ? bf16_to_float(static_cast<const uint16_t*>(decoder.embedding_)[first + i])
-                        : static_cast<const float*>(decoder.embedding_)[first + i];
-        }
+        for (int i = 0; i < sizes.hidden; ++i) to[i] = decoder.embedding_.at(first + i);
     }
 
     void norm_into(int row, const std::vector<float>& weight) {
