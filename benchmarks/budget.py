@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from slipstream.drafting.budget import DrawnNodes, choose_nodes
 from slipstream.drafting.chain import no_chains
+from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.step_cost import ExpertUnion, MeasuredSteps, StepCost
 from slipstream.drafting.survival import NodeFeatures, SurvivalModel, Trials, along_paths
@@ -25,7 +26,7 @@ from slipstream.drafting.tree import ROOT
 from slipstream_kernels.lookup import OutputPool, SuffixAutomaton
 from slipstream_kernels.merging import DRAFTERS, Asked, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
-from slipstream_kernels.sampling import row_bytes, sample_rows
+from slipstream_kernels.sampling import row_bytes, sample_rows, stop_tokens
 
 REPEATS = 500
 CONTEXT_TOKENS = 300
@@ -34,7 +35,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 CONTEXTS = (16, 256, 1024)
 TEXT_TOKENS = 1024
 VOCAB = 4096
-SCORING = ("chain", "recycling", "merged")
+SCORING = ("chain", "recycling")
 
 
 def lines(num_requests: int, nodes_each: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -122,6 +123,7 @@ def _compiled(
         pool_tokens=0,
         greedy=cells,
         sampled=cells,
+        merged=(MergedSurvival(), MergedSurvival()),
         rule=DEFAULT_RULE,
     )
     recycling = RecyclingDrafter(VOCAB)
@@ -141,6 +143,7 @@ def _compiled(
             sample_rows([row_bytes(seed=1, temperature=0.0)] * num_requests, [100] * num_requests),
             np.array(limits, np.int32),
             np.zeros(num_requests, np.uint64),
+            stop_tokens([[0]] * num_requests),
             no_chains(num_requests),
         )
 

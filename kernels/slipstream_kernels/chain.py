@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from slipstream_kernels.address import address_of
 from slipstream_kernels.decoder import Decoder, Plan
 from slipstream_kernels.merging import Chains
-from slipstream_kernels.sampling import SampleRows
+from slipstream_kernels.sampling import SampleRows, StopTokens
 
 Int32 = NDArray[np.int32]
 Float64 = NDArray[np.float64]
@@ -21,7 +21,8 @@ class _ChainPlan(ctypes.Structure):
     _fields_ = [
         ("num_requests", ctypes.c_int32),
         ("width", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("slots", "max_tokens", "bases", "draws", "tokens", "scores", "lengths")),
+        *((name, ctypes.c_void_p) for name in ("slots", "max_tokens", "bases", "draws", "stop_ids", "stop_ends")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "scores", "lengths")),
         ("min_survival", ctypes.c_double),
         ("pass_tokens", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("greedy_survivals", "sampled_survivals")),
@@ -51,6 +52,7 @@ def draft_chains(
     max_tokens_B: Int32,
     bases_B: Int32,
     draws_B: SampleRows,
+    stops: StopTokens,
     worth: ChainWorth | None = None,
 ) -> Chains:
     """Chains of at most `max_tokens_B` tokens (each at least 1), token after token, with the requests' noise.
@@ -58,7 +60,7 @@ def draft_chains(
     `first` is the pass that brings the cache level with the B requests in `slots_B`, and asks for a row of logits for
     each, in order. Drafted tokens are computed in place behind it, all but the last. `draws_B` are at the position of
     the first one; positions of the cache count from `bases_B`. Scores are what the draft's softmax gives its tokens; a
-    chain ends early once it is not `worth` going on.
+    chain ends with a token that ends its request's output, and once it is not `worth` going on.
     """
     num_requests, width = len(slots_B), int(max_tokens_B.max())
     price = (0.0, 0.0, None, None) if worth is None else (*worth[:2], *map(address_of, worth[2:]))
@@ -68,7 +70,7 @@ def draft_chains(
     plan = _ChainPlan(
         num_requests,
         width,
-        *(address_of(array) for array in (slots_B, max_tokens_B, bases_B, draws_B, *chains)),
+        *(address_of(array) for array in (slots_B, max_tokens_B, bases_B, draws_B, *stops, *chains)),
         *price,
     )
     decoder.draft_chain(first, ctypes.addressof(plan))

@@ -2,21 +2,19 @@
 
     candidate          a token that a drafter proposes behind a node of a tree
     survival           how often such candidates are accepted where their parent is (`slipstream.drafting.survival`)
-    merged survival    of all that propose one token behind one node the largest, siblings' sum cut down to 1; then what
-                       such numbers turned out to be worth where the same sources proposed the token, which is learned
-                       like any drafter's
+    merged survival    what the candidates behind one node survive beside each other, by who proposes them and how sure
+                       each is (`slipstream.drafting.merged_survival`)
     source             the chain, Token Recycling, or look-ups
     survival of a path the product from the root down
 
 Candidates behind a node come from a drafted chain and from look-ups as far as the path reads as they do, and from the
 Token Recycling row of the node's token. Trees grow best first: the candidate with the largest survival of its path is
 the next node. The budget then takes the nodes of all requests by falling survival, as many as are worth their time
-(`slipstream.drafting.budget` proves that no other set is better).
+(`slipstream.drafting.budget` proves that no other set is better). A token that ends the output is never a node: to
+verify it saves nothing, as nothing comes behind it.
 
 When a request's text has gone on, its last tree is judged: every candidate along the path that the tokens took counts,
-verified or not, since the target's token is known there. How often a request went on as proposed, beside how often it
-should have, corrects the merged survivals of its next trees by the ratio of the odds: some texts are predictable and
-some are not, whatever one drafter says.
+verified or not, since the target's token is known there.
 """
 
 from __future__ import annotations
@@ -33,10 +31,10 @@ from slipstream_kernels.address import address_of
 from slipstream_kernels.adjacency import WIDTH, Adjacency
 from slipstream_kernels.isa import function, instruction_set
 from slipstream_kernels.recycling import GrowthRule
-from slipstream_kernels.sampling import SampleRows
+from slipstream_kernels.sampling import SampleRows, StopTokens
 
-DRAFTERS = ("chain", "recycling", "lookup", "pool", "merged")
-"""Whose candidates are told apart; the last one's are the nodes of the tree."""
+DRAFTERS = ("chain", "recycling", "lookup", "pool")
+"""Whose candidates are told apart."""
 
 Int32 = NDArray[np.int32]
 Float64 = NDArray[np.float64]
@@ -59,6 +57,16 @@ class Cells(Protocol):
     def curve(self) -> Curve: ...  # noqa: D102
 
 
+class Together(Protocol):
+    """What candidates survive beside each other: float64 [8 sets of sources, 4] `weights_SF` and `squares_SF`."""
+
+    weights_SF: Float64
+    squares_SF: Float64
+
+    @property
+    def curve(self) -> Curve: ...  # noqa: D102
+
+
 class Chains(NamedTuple):
     """Drafted chains of B requests: `token_ids_BD` int32, `scores_BD` float64 from 0 to 1, `lengths_B` int32."""
 
@@ -73,7 +81,7 @@ class Asked(NamedTuple):
     `slots_B` tells them apart between calls, `new_ids` are the tokens that their texts went on with since the last one,
     those of request b ending before `new_ends_B[b]`. `draws_B` are `sampling.sample_rows` at the first drafted token.
     A line of `limits_B4` is (which matrix, -1 for none; root token; nodes; depth). `scopes_B` uint64 says whose past
-    outputs a request may find.
+    outputs a request may find, `stops` what ends its output.
     """
 
     slots_B: Int32
@@ -82,6 +90,7 @@ class Asked(NamedTuple):
     draws_B: SampleRows
     limits_B4: Int32
     scopes_B: NDArray[np.uint64]
+    stops: StopTokens
     chains: Chains
 
 
@@ -136,8 +145,11 @@ _ADDRESSES = (
     "chain_scores",
     "matrix_ids",
     "matrix_logprobs",
+    "stop_ids",
+    "stop_ends",
     "rule",
     "cells",
+    "merged",
     "step_s",
     "tokens",
     "parents",
@@ -162,12 +174,16 @@ class _Cells(ctypes.Structure):
     ]
 
 
+class _Merged(ctypes.Structure):
+    _fields_ = [(name, _ADDRESS) for name in ("weights", "squares", "curve")]
+
+
 class Merger:
     """Grows trees for the requests in `num_slots` slots, of at most `max_nodes` nodes each; for one thread at a time.
 
     `greedy` and `sampled` are the cells of every drafter, in the order of DRAFTERS, for requests at temperature 0 and
-    above. `pool_tokens` of past outputs are kept. Look-ups take part if `drafters` names them. The compiled kernels
-    must be available.
+    above; `merged` what their candidates survive together, in that order. `pool_tokens` of past outputs are kept.
+    Look-ups take part if `drafters` names them. The compiled kernels must be available.
     """
 
     def __init__(
@@ -179,6 +195,7 @@ class Merger:
         pool_tokens: int,
         greedy: Sequence[Cells],
         sampled: Sequence[Cells],
+        merged: tuple[Together, Together],
         rule: GrowthRule,
         drafters: Collection[str] = DRAFTERS,
     ) -> None:
@@ -192,14 +209,18 @@ class Merger:
         self._tokens, self._parents = np.empty((2, max(num_slots * max_nodes, 1)), np.int32)
         self._ends = np.empty(num_slots, np.int32)
         self._figures = np.zeros(2)
-        self._kept_alive = (*greedy, *sampled)
-        self._cells = (_Cells * len(self._kept_alive))(*(_addresses_of(cells) for cells in self._kept_alive))
+        self._kept_alive = (*greedy, *sampled), merged
+        self._cells = (_Cells * (2 * len(DRAFTERS)))(*(_cells_of(one) for one in (*greedy, *sampled)))
+        self._merged = (_Merged * 2)(
+            *(_Merged(*_addresses_of(one.weights_SF, one.squares_SF, one.curve.sums)) for one in merged)
+        )
         self._rule = (_DOUBLE * (len(rule) - 1 + WIDTH))(*rule[:-1], *rule.rank_probs)
         self._plan = _Plan(
             vocab_size=vocab_size,
             drafters=sum(1 << place for place, name in enumerate(DRAFTERS) if name in drafters),
             rule=ctypes.addressof(self._rule),
             cells=ctypes.addressof(self._cells),
+            merged=ctypes.addressof(self._merged),
             tokens=address_of(self._tokens),
             parents=address_of(self._parents),
             ends=address_of(self._ends),
@@ -228,6 +249,7 @@ class Merger:
         plan.new_tokens, plan.new_ends = address_of(asked.new_ids), address_of(asked.new_ends_B)
         plan.chain_tokens, plan.chain_lengths = address_of(chains.token_ids_BD), address_of(chains.lengths_B)
         plan.chain_scores = address_of(chains.scores_BD)
+        plan.stop_ids, plan.stop_ends = map(address_of, asked.stops)
         matrix_ids = (_ADDRESS * len(matrices))(*(address_of(one.ids_VN) for one in matrices))
         matrix_logprobs = (_ADDRESS * len(matrices))(*(address_of(one.logprobs_VN) for one in matrices))
         plan.matrix_ids, plan.matrix_logprobs = ctypes.addressof(matrix_ids), ctypes.addressof(matrix_logprobs)
@@ -265,8 +287,12 @@ class Merger:
         self._keep(_ADDRESS(self._handle), ctypes.c_uint64(scope), _ADDRESS(address_of(ids)), _INT(len(ids)))
 
 
-def _addresses_of(cells: Cells) -> _Cells:
-    arrays = (cells.said, cells.new_tried, cells.new_accepted, cells.curve.sums)
+def _cells_of(cells: Cells) -> _Cells:
+    addresses = _addresses_of(cells.said, cells.new_tried, cells.new_accepted, cells.curve.sums)
+    return _Cells(*addresses, cells.said.shape[2])
+
+
+def _addresses_of(*arrays: Float64) -> list[int]:
     for array in arrays:
         assert array.flags.c_contiguous, array.shape
-    return _Cells(*(address_of(array) for array in arrays), cells.said.shape[2])
+    return [address_of(array) for array in arrays]

@@ -50,6 +50,20 @@ SampleRows = NDArray[np.void]
 
 _ROW = struct.Struct("<qdddiiii")
 
+
+class StopTokens(NamedTuple):
+    """The tokens that end the outputs of B requests: those of request b end before `ends_B[b]`; both int32."""
+
+    ids_X: NDArray[np.int32]
+    ends_B: NDArray[np.int32]
+
+
+def stop_tokens(ids_of: Sequence[Sequence[int]]) -> StopTokens:
+    """Those of every request, in order."""
+    ids = [token for ids in ids_of for token in ids]
+    return StopTokens(np.array(ids, np.int32), np.cumsum([len(ids) for ids in ids_of], dtype=np.int32))
+
+
 _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _compiled = typed(
     {

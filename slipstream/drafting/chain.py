@@ -16,7 +16,7 @@ from slipstream.engine.blocks import blocks_for
 from slipstream.engine.decoders import open_decoder
 from slipstream.engine.native_decoder import NativeDecoder
 from slipstream.engine.plan import NO_NODE, Int32, StepPlan
-from slipstream.engine.sampling import draft_rows, draft_tokens
+from slipstream.engine.sampling import draft_rows, draft_tokens, stop_tokens_of
 from slipstream.models.checkpoint import Checkpoint
 from slipstream_kernels.chain import ChainWorth, draft_chains
 from slipstream_kernels.merging import Chains
@@ -86,7 +86,7 @@ class ChainDrafter:
     def draft(self, contexts: Sequence[DraftContext], *, max_tokens: int, worth: ChainWorth | None = None) -> Chains:
         """A chain per context, in order, of length 0 where none is possible yet.
 
-        A chain ends once it is not `worth` going on.
+        A chain ends with a token that ends its request's output, and once it is not `worth` going on.
         """
         for context in contexts:
             self._begin_anew_if_far_behind(context, max_tokens)
@@ -162,6 +162,7 @@ class ChainDrafter:
                 max_tokens_B=limits_B,
                 bases_B=np.array([self._bases[slot] for slot in slots], np.int32),
                 draws_B=draws_B,
+                stops=stop_tokens_of([one.sampling for one in contexts]),
                 worth=worth,
             )
         return self._draft_by_steps(contexts, limits_B, first, worth)
@@ -184,6 +185,7 @@ class ChainDrafter:
             chains.scores_BD[growing, lengths] = scores
             chains.lengths_B[growing] += 1
             growing = [one for one in growing if chains.lengths_B[one] < limits_B[one]]
+            growing = [one for one in growing if not _has_ended(contexts[one], chains, one)]
             if worth is not None:
                 growing = _worth_going_on(contexts, chains, paths_B, growing, worth)
             if growing:
@@ -215,6 +217,11 @@ class ChainDrafter:
 def no_chains(number: int, *, width: int = 1) -> Chains:
     """So many chains of length 0, with room for `width` tokens each."""
     return Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
+
+
+def _has_ended(context: DraftContext, chains: Chains, row: int) -> bool:
+    """Whether a chain's newest token ends its request's output."""
+    return int(chains.token_ids_BD[row, chains.lengths_B[row] - 1]) in context.sampling.stop_token_ids
 
 
 def _worth_going_on(

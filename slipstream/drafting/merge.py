@@ -21,12 +21,13 @@ import numpy as np
 from slipstream.drafting.chain import ChainDrafter, no_chains
 from slipstream.drafting.drafter import DraftContext, LearnedRequest, Lesson, StepLoad
 from slipstream.drafting.economy import LARGEST_BAR, Economy, Took
+from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.modes import Mode
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.survival import SurvivalModel
 from slipstream.drafting.tree import DraftTree, trees_of
-from slipstream.engine.sampling import draft_rows
+from slipstream.engine.sampling import draft_rows, stop_tokens_of
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 from slipstream_kernels.adjacency import Adjacency
 from slipstream_kernels.chain import ChainWorth
@@ -37,7 +38,7 @@ Source = Literal["chain", "recycling", "lookup", "pool"]
 
 ALL_SOURCES: tuple[Source, ...] = ("chain", "recycling", "lookup", "pool")
 
-_WINDOW_TRIALS = {"chain": 3_000, "lookup": 3_000, "pool": 3_000, "recycling": 24_000, "merged": 24_000}
+_WINDOW_TRIALS = {"chain": 3_000, "lookup": 3_000, "pool": 3_000, "recycling": 24_000}
 _MATCHING = ("lookup", "pool")
 
 CATCH_UP_WINDOW = 64
@@ -92,6 +93,7 @@ class MergedDrafter:
         self.options = options
         self.economy = economy
         self.greedy, self.sampled = _survival_model(), _survival_model()
+        self.merged = MergedSurvival(), MergedSurvival()
         self._vocab_size = vocab_size
         self._chains: dict[str, ChainDrafter] = {}
         self._recycling = RecyclingDrafter(vocab_size, max_tenants=options.max_tenants)
@@ -102,6 +104,7 @@ class MergedDrafter:
             pool_tokens=options.pool_tokens if "pool" in options.sources else 0,
             greedy=[self.greedy.cells(name) for name in DRAFTERS],
             sampled=[self.sampled.cells(name) for name in DRAFTERS],
+            merged=self.merged,
             rule=DEFAULT_RULE,
             drafters=options.sources,
         )
@@ -137,8 +140,7 @@ class MergedDrafter:
 
     def calibration_error(self) -> float:
         """Mean of |predicted - real| survival over the nodes judged so far."""
-        curves = [model.calibration_curve("merged").sums for model in (self.greedy, self.sampled)]
-        counts, predicted, accepted = np.hstack(curves)
+        counts, predicted, accepted = np.hstack([one.curve.sums for one in self.merged])
         return float(np.abs(predicted - accepted).sum() / counts.sum()) if counts.sum() else 0.0
 
     def install_chain(self, domain: str, chain: ChainDrafter | None) -> None:
@@ -299,6 +301,7 @@ class MergedDrafter:
             draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts]),
             limits_B4,
             np.array([_scope(one.tenant) for one in contexts], np.uint64),
+            stop_tokens_of([one.sampling for one in contexts]),
             chains,
         )
 
@@ -326,6 +329,8 @@ class MergedDrafter:
         for model in (self.greedy, self.sampled):
             for name in DRAFTERS:
                 model.cells(name).refit_if_due()
+        for merged in self.merged:
+            merged.let_curve_fade()
 
 
 _NO_MATRIX = -1

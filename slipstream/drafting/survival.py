@@ -11,13 +11,12 @@ is a trial, verified or not (`outcomes`): the budget may prune by these estimate
 Under a rule that rejects, only verified nodes are tried (`trials`). Estimates belong to the shapes that were drafted:
 those of a forced shape do not transfer.
 
-Counts of tried and accepted nodes are kept in cells of rank x place x what the drafter itself says of a candidate: how
-long its match was (look-ups), or how likely it finds it (models). The place is the depth; of candidates that several
-sources may propose, it is which of them do: a token that the draft model and a look-up agree on is worth more than
-either says, and one that the draft model passes over is worth less. They forget exponentially. A cell with little
-evidence leans on that of all places, which leans on that of its rank. Over what the drafter says, estimates then follow
+Counts of tried and accepted nodes are kept in cells of rank x depth x what the drafter itself says of a candidate: how
+long its match was (look-ups), or how likely it finds it (models). They forget exponentially. A cell with little
+evidence leans on that of all depths, which leans on that of its rank. Over what the drafter says, estimates then follow
 the nearest rising curve (isotonic regression, Barlow et al., 1972): that a longer match or a likelier token is accepted
-no less often is all that can be trusted of it. Memory is fixed: 32 KiB a drafter.
+no less often is all that can be trusted of it. Memory is fixed: 32 KiB a drafter. What candidates of several drafters
+survive beside each other is learned from these estimates (`merged_survival`).
 
 The engine reads and counts in compiled code, node by node (`slipstream_kernels.merging`); the methods here that do so
 for arrays of nodes are what that code is checked against, and what shapes for the rejection rules come from.
@@ -84,19 +83,16 @@ class NodeFeatures(msgspec.Struct, frozen=True):
     """What is known of X nodes before their tokens are drawn, integer arrays of any shape.
 
     `ranks_X` is the order among siblings of the same drafter from 0, `depths_X` 1 for children of the root,
-    `match_lengths_X` what a look-up found; drafters that look nothing up may give zeros. `sources_X` stands for the
-    depth in those of merged candidates: 1 if the chain proposes it, plus 2 for Token Recycling, plus 4 for a look-up.
+    `match_lengths_X` what a look-up found; drafters that look nothing up may give zeros.
     """
 
     ranks_X: Int32
     depths_X: Int32
     match_lengths_X: Int32
-    sources_X: Int32 | None = None
 
     def of(self, nodes: Bool) -> NodeFeatures:
         """Those of some nodes."""
-        sources_X = None if self.sources_X is None else self.sources_X[nodes]
-        return NodeFeatures(self.ranks_X[nodes], self.depths_X[nodes], self.match_lengths_X[nodes], sources_X)
+        return NodeFeatures(self.ranks_X[nodes], self.depths_X[nodes], self.match_lengths_X[nodes])
 
 
 class Trials(msgspec.Struct, frozen=True):
@@ -331,11 +327,9 @@ class Cells:
 
 
 def _shape_cells(features: NodeFeatures) -> NDArray[np.intp]:
-    places_X = features.sources_X
-    if places_X is None:
-        places_X = _DEPTHS.take(features.depths_X, mode="clip")
-    ranks_X: NDArray[np.intp] = np.minimum(features.ranks_X, NUM_RANKS - 1).astype(np.intp)
-    return ranks_X * _NUM_PLACES + places_X
+    ranks_X = np.minimum(features.ranks_X, NUM_RANKS - 1).astype(np.intp)
+    cells_X: NDArray[np.intp] = ranks_X * _NUM_PLACES + _DEPTHS.take(features.depths_X, mode="clip")
+    return cells_X
 
 
 def _match_levels(features: NodeFeatures) -> NDArray[np.intp]:

@@ -151,10 +151,12 @@ def test_estimates_come_to_say_what_happens(target: Checkpoint, sibling: Checkpo
     served = Served(limits=SIZES, drafting=options, draft=sibling, max_tokens=64)
     serve(target, prompts, served, lambda engine, _: engines.append(engine))
     drafter = merged_of(engines[-1])
-    cells = drafter.greedy.cells("merged")
-    assert cells.curve.sums[0].sum() > 10_000
+    greedy, sampled = drafter.merged
+    assert greedy.curve.sums[0].sum() > 10_000
+    assert sampled.curve.sums[0].sum() == 0, "nothing was drawn above temperature 0"
     assert drafter.calibration_error() <= 0.05
-    assert float(cells.said[5, 1, 1]) < 0.1 < 0.7 < float(cells.said[0, 1, -1])
+    agreed, unlikely = greedy.shares(np.array([[0.8, 0.8, np.nan], [np.nan, 0.01, np.nan]]))
+    assert unlikely < 0.05 < 0.8 < agreed
 
 
 class FixedCost:
@@ -303,6 +305,23 @@ def test_chains_that_are_not_worth_a_pass_end_alike_in_one_call_and_token_by_tok
     assert min(lengths[1]) < max(lengths[1]), "each by what its own tokens survive"
     assert 1 < min(lengths[2]) == max(lengths[2]) < 6, "all together by what a pass costs"
     assert lengths[3] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("is_at_once", [True, False])
+def test_a_chain_ends_with_the_token_that_ends_the_output(
+    sibling: Checkpoint, prompts: Prompts, is_at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_at_once:
+        monkeypatch.setattr("slipstream.drafting.chain.NativeDecoder", type("NoDecoder", (), {}))
+    sampling = SamplingParams(seed=3, max_tokens=20)
+    contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(3)]
+    whole = _chains(sibling, None).draft(contexts, max_tokens=6).token_ids_BD.tolist()
+    stopping = msgspec.structs.replace(sampling, stop_token_ids=(4095, whole[1][2]))
+    contexts[1] = msgspec.structs.replace(contexts[1], sampling=stopping)
+    ended = _chains(sibling, None).draft(contexts, max_tokens=6)
+    assert ended.lengths_B.tolist() == [6, 1 + whole[1].index(whole[1][2]), 6]
+    for ids, like, length in zip(ended.token_ids_BD.tolist(), whole, ended.lengths_B.tolist(), strict=True):
+        assert ids[:length] == like[:length]
 
 
 def _chains(draft: Checkpoint, window: int | None) -> ChainDrafter:

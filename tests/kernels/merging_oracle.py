@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from slipstream.drafting.merged_survival import NUM_SOURCES, MergedSurvival
 from slipstream.drafting.survival import NodeFeatures, SurvivalModel
 from slipstream_kernels.adjacency import Adjacency
 from slipstream_kernels.recycling import DEFAULT_RULE, candidates_reference
 
+Float64 = NDArray[np.float64]
+
 MATCHING = ("lookup", "pool")
-SOURCES = {"chain": 1, "recycling": 2, "lookup": 4, "pool": 4}
+SOURCES = {"chain": 0, "recycling": 1, "lookup": 2, "pool": 2}
 
 
 class Continued(NamedTuple):
@@ -39,7 +43,6 @@ class Proposed(NamedTuple):
     depth: int
     score: float
     match_length: int
-    sources: int | None = None
 
 
 class Node(NamedTuple):
@@ -60,12 +63,20 @@ class Request(NamedTuple):
     draw: Any
     max_nodes: int
     max_depth: int
+    stop_ids: Sequence[int] = ()
+
+
+class Models(NamedTuple):
+    """What candidates survive: by their drafters, and beside each other."""
+
+    alone: SurvivalModel
+    together: MergedSurvival
 
 
 def survival_of(model: SurvivalModel, one: Proposed) -> float:
     """What the model says of a candidate."""
     numbers = [np.array([number], np.int32) for number in (one.rank, one.depth, one.match_length)]
-    features = NodeFeatures(*numbers, None if one.sources is None else np.array([one.sources], np.int32))
+    features = NodeFeatures(*numbers)
     if one.drafter in MATCHING:
         return float(model.forecast(one.drafter, features)[0])
     return float(model.read(one.drafter, features, np.array([one.score]))[0])
@@ -98,25 +109,17 @@ def proposals(request: Request, path: tuple[int, ...]) -> list[Proposed]:
     return found
 
 
-def merged(model: SurvivalModel, found: Sequence[Proposed]) -> list[tuple[Proposed, float]]:
-    """The tokens proposed behind one node, as candidates of the drafter `merged`, with their survivals."""
-    largest: dict[int, float] = {}
-    sources: dict[int, int] = {}
+def meetings(model: SurvivalModel, found: Sequence[Proposed]) -> tuple[list[int], Float64]:
+    """The tokens proposed behind one node, and what every source says of each: `MergedSurvival.shares`."""
+    tokens = list(dict.fromkeys(one.token for one in found))
+    survivals_CS = np.full((len(tokens), NUM_SOURCES), np.nan)
     for one in found:
-        largest[one.token] = max(largest.get(one.token, 0.0), survival_of(model, one))
-        sources[one.token] = sources.get(one.token, 0) | SOURCES[one.drafter]
-    claimed = sum(largest.values())
-    scale = 1.0 / claimed if claimed > 1.0 else 1.0
-    ordered = sorted(largest.items(), key=lambda pair: -pair[1])
-    depth = found[0].depth if found else 0
-    together = [
-        Proposed("merged", token, rank, depth, survival * scale, 0, sources[token])
-        for rank, (token, survival) in enumerate(ordered)
-    ]
-    return [(one, survival_of(model, one)) for one in together]
+        place = tokens.index(one.token), SOURCES[one.drafter]
+        survivals_CS[place] = np.fmax(survivals_CS[place], survival_of(model, one))
+    return tokens, survivals_CS
 
 
-def grown(model: SurvivalModel, request: Request, *, min_survival: float = 0.0) -> list[Node]:
+def grown(models: Models, request: Request, *, min_survival: float = 0.0) -> list[Node]:
     """The nodes in the order in which they join the tree."""
     nodes: list[Node] = []
     open_nodes: list[tuple[float, int, Node]] = []
@@ -124,10 +127,12 @@ def grown(model: SurvivalModel, request: Request, *, min_survival: float = 0.0) 
     newest = Node((), -1, 1.0)
     while True:
         if len(newest.path) < request.max_depth:
-            for one, survival in merged(model, proposals(request, newest.path)):
+            tokens, survivals_CS = meetings(models.alone, proposals(request, newest.path))
+            for token, share in zip(tokens, models.together.shares(survivals_CS).tolist(), strict=True):
                 num_found += 1
-                node = Node((*newest.path, one.token), len(nodes) - 1, newest.survival * survival)
-                open_nodes.append((-node.survival, num_found, node))
+                if token not in request.stop_ids:
+                    node = Node((*newest.path, token), len(nodes) - 1, newest.survival * share)
+                    open_nodes.append((-node.survival, num_found, node))
         if not open_nodes or len(nodes) == request.max_nodes:
             return nodes
         best = min(open_nodes)

@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from slipstream.drafting.budget import DrawnNodes, choose_nodes
+from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.survival import SurvivalModel
 from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Merged, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
-from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows
-from tests.kernels.merging_oracle import MATCHING, Continued, Request, grown, proposals
+from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows, stop_tokens
+from tests.kernels.merging_oracle import MATCHING, Continued, Models, Request, grown, meetings, proposals
 from tests.unit.lookup_oracle import SuffixAutomaton
 
 VOCAB = 12
 NUM_REQUESTS = 3
+STOP_IDS = ((5,), (), (2, 9))
+"""The tokens that end each request's output."""
 RATE = 4.0
 """Tokens a second."""
 
@@ -35,13 +38,21 @@ def model_of(rng: np.random.Generator) -> SurvivalModel:
     return model
 
 
+def merged_of(rng: np.random.Generator) -> MergedSurvival:
+    """Weights of chance, as after some evidence."""
+    merged = MergedSurvival()
+    merged.weights_SF += rng.normal(0.0, 0.3, merged.weights_SF.shape)
+    merged.squares_SF *= rng.uniform(1.0, 9.0, merged.squares_SF.shape)
+    return merged
+
+
 class World:
     """Requests with texts, chains and a matrix of chance, and a merger that knows them."""
 
     def __init__(self, seed: int, *, temperature: float, max_nodes: int = 10, max_depth: int = 5) -> None:
         rng = self.rng = np.random.default_rng(seed)
-        self.greedy, self.sampled = model_of(rng), model_of(rng)
-        self.model = self.sampled if temperature else self.greedy
+        self.greedy, self.sampled = Models(model_of(rng), merged_of(rng)), Models(model_of(rng), merged_of(rng))
+        self.models = self.sampled if temperature else self.greedy
         self.max_nodes = max_nodes
         recycling = RecyclingDrafter(VOCAB)
         rows = rng.permutation(VOCAB)[: VOCAB - 2].astype(np.int32)
@@ -53,8 +64,9 @@ class World:
             max_nodes=max_nodes,
             vocab_size=VOCAB,
             pool_tokens=1_000,
-            greedy=[self.greedy.cells(name) for name in DRAFTERS],
-            sampled=[self.sampled.cells(name) for name in DRAFTERS],
+            greedy=[self.greedy.alone.cells(name) for name in DRAFTERS],
+            sampled=[self.sampled.alone.cells(name) for name in DRAFTERS],
+            merged=(self.greedy.together, self.sampled.together),
             rule=DEFAULT_RULE,
         )
         self.texts = [rng.integers(0, 4, 60).tolist() for _ in range(NUM_REQUESTS)]
@@ -86,6 +98,7 @@ class World:
             self.draws,
             np.array(lines, np.int32),
             np.zeros(NUM_REQUESTS, np.uint64),
+            stop_tokens(STOP_IDS),
             chains,
         )
 
@@ -104,6 +117,7 @@ class World:
             asked.draws_B[:1],
             line,
             asked.scopes_B[:1],
+            stop_tokens(STOP_IDS[:1]),
             chains,
         )
         return self.merger.grow(alone, [], Price(np.ones(1), 0.0, 1)).num_judged
@@ -111,7 +125,7 @@ class World:
     def requests(self) -> list[Request]:
         """The same for the oracle."""
         return [
-            Request(text[-1], chain, continued(text), self.matrix, self.draws[place], *limits)
+            Request(text[-1], chain, continued(text), self.matrix, self.draws[place], *limits, STOP_IDS[place])
             for place, (text, chain, limits) in enumerate(zip(self.texts, self.chains, self.limits, strict=True))
         ]
 
@@ -143,7 +157,7 @@ def test_trees_grow_as_the_definition_says(isa: str, seed: int, temperature: flo
     world = World(seed, temperature=temperature)
     everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
     merged = world.merger.grow(world.asked(), [world.matrix], everything)
-    expected = [sorted(node.path for node in grown(world.model, request)) for request in world.requests()]
+    expected = [sorted(node.path for node in grown(world.models, request)) for request in world.requests()]
     assert trees(merged) == expected
 
 
@@ -152,7 +166,7 @@ def test_the_budget_takes_the_set_that_its_definition_takes(isa: str, seed: int)
     world = World(seed, temperature=0.0)
     step_s = 1.0 + np.cumsum(world.rng.exponential(0.15, 3 * world.max_nodes + 1))
     merged = world.merger.grow(world.asked(), [world.matrix], Price(step_s, RATE, NUM_REQUESTS))
-    nodes = [grown(world.model, request) for request in world.requests()]
+    nodes = [grown(world.models, request) for request in world.requests()]
     starts = np.cumsum([0, *(len(some) for some in nodes)])
     choice = choose_nodes(
         DrawnNodes(
@@ -181,11 +195,11 @@ def test_the_budget_takes_the_set_that_its_definition_takes(isa: str, seed: int)
 
 def test_growth_stops_at_paths_that_survive_too_seldom(isa: str) -> None:
     world = World(3, temperature=0.0)
-    price = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS, min_survival=0.85)
+    price = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS, min_survival=0.2)
     merged = world.merger.grow(world.asked(), [world.matrix], price)
-    expected = [grown(world.model, request, min_survival=0.85) for request in world.requests()]
+    expected = [grown(world.models, request, min_survival=0.2) for request in world.requests()]
     assert trees(merged) == [sorted(node.path for node in some) for some in expected]
-    assert 0 < len(merged.token_ids_X) < sum(len(grown(world.model, request)) for request in world.requests())
+    assert 0 < len(merged.token_ids_X) < sum(len(grown(world.models, request)) for request in world.requests())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -195,20 +209,58 @@ def test_every_candidate_along_the_path_taken_is_a_trial_verified_or_not(isa: st
     merged = world.merger.grow(world.asked(), [world.matrix], nothing)
     assert len(merged.token_ids_X) == 0
     request = world.requests()[0]
-    first = grown(world.model, request)[0].path[0]
+    first = grown(world.models, request)[0].path[0]
     unknown = next(token for token in range(VOCAB) if token not in {one.token for one in proposals(request, (first,))})
     tried = [*proposals(request, ()), *proposals(request, (first,))]
     num_judged = world.go_on([first, unknown, 3])
+    assert num_judged == len(tried)
     for name in ("chain", "lookup", "recycling"):
-        cells = world.model.cells(name)
+        cells = world.models.alone.cells(name)
         assert cells.new_tried.sum() == sum(one.drafter == name for one in tried)
         assert cells.new_accepted.sum() == sum(
             one.drafter == name and one.token == first for one in proposals(request, ())
         )
         assert cells.curve.sums[0].sum() == cells.new_tried.sum()
-    num_merged = world.model.cells("merged").new_tried.sum()
-    assert num_judged == len(tried) + num_merged
     assert world.go_on([first]) == 0, "a tree is judged once"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_candidates_survive_together_is_learned_as_its_definition_says(isa: str, temperature: float) -> None:
+    world, expected = World(5, temperature=temperature), World(5, temperature=temperature).models.together
+    request = world.requests()[0]
+    world.merger.grow(world.asked(), [world.matrix], Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS))
+    tree = {(), *(node.path for node in grown(world.models, request))}
+    path = (*max(tree, key=len), 3)
+    world.go_on(list(path))
+    before = expected.weights_SF.copy()
+    said = [
+        meetings(world.models.alone, proposals(request, path[:depth]))
+        for depth in range(len(path))
+        if path[:depth] in tree and depth < request.max_depth
+    ]
+    all_shares = [expected.shares(survivals_CS) for _, survivals_CS in said]
+    for (tokens, survivals_CS), shares_C, token in zip(said, all_shares, path, strict=False):
+        expected.learn(survivals_CS, shares_C, np.array(tokens) == token)
+    learned = world.models.together
+    assert not np.array_equal(before, expected.weights_SF)
+    np.testing.assert_allclose(learned.weights_SF, expected.weights_SF, rtol=1e-12)
+    np.testing.assert_allclose(learned.squares_SF, expected.squares_SF, rtol=1e-12)
+    np.testing.assert_allclose(learned.curve.sums, expected.curve.sums, rtol=1e-12)
+
+
+def test_a_token_that_ends_the_output_is_judged_but_is_no_node(isa: str) -> None:
+    world = World(5, temperature=0.0)
+    world.chains = [[(5, 0.99), (6, 0.99)], [(5, 0.99), (6, 0.99)], []]
+    world.models.alone.cells("chain").said[:] = 0.99
+    world.models.together.weights_SF[:] = MergedSurvival().weights_SF
+    everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
+    ended, going_on, _ = trees(world.merger.grow(world.asked(), [world.matrix], everything))
+    assert (5, 6) in going_on
+    assert ended
+    assert not any(5 in path for path in ended)
+    world.go_on([5])
+    cells = world.models.alone.cells("chain")
+    assert cells.new_tried.sum() == cells.new_accepted.sum() == 1
 
 
 def test_the_last_tree_of_a_request_is_judged_by_how_it_ended(isa: str) -> None:
@@ -216,45 +268,29 @@ def test_the_last_tree_of_a_request_is_judged_by_how_it_ended(isa: str) -> None:
     price = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
     for one in (world, other):
         one.merger.grow(one.asked(), [one.matrix], price)
-    first = grown(world.model, world.requests()[0])[0].path[0]
+    first = grown(world.models, world.requests()[0])[0].path[0]
     assert world.merger.end(0, [first, 7]) == other.go_on([first, 7]) > 0
     for name in DRAFTERS:
-        assert (world.model.cells(name).new_tried == other.model.cells(name).new_tried).all()
+        assert (world.greedy.alone.cells(name).new_tried == other.greedy.alone.cells(name).new_tried).all()
+    assert (world.greedy.together.weights_SF == other.greedy.together.weights_SF).all()
     assert world.merger.end(0, [first]) == world.merger.end(1, []) == 0
-
-
-def test_what_a_request_keeps_proposing_in_vain_survives_less_often_in_its_next_trees(isa: str) -> None:
-    world = World(4, temperature=0.0)
-    world.model.cells("merged").said[:] = 0.6
-    unknown = next(
-        token for token in range(VOCAB) if token not in {one.token for one in proposals(world.requests()[0], ())}
-    )
-    everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
-
-    def expected_tokens() -> float:
-        return world.merger.grow(world.asked(num_known=len(world.texts[0])), [world.matrix], everything).expected_tokens
-
-    first = world.merger.grow(world.asked(), [world.matrix], everything).expected_tokens
-    for _ in range(30):
-        world.go_on([unknown])
-        surprised = expected_tokens()
-    assert surprised < first - 0.3
-    world.merger.release(0)
-    assert expected_tokens() > surprised + 0.3, "another request in its slot begins anew"
 
 
 def test_texts_go_on_between_calls_and_begin_anew_after_release(isa: str) -> None:
     everything = Price(np.ones(31), 0.0, NUM_REQUESTS)
-    at_once, in_parts = World(6, temperature=0.0), World(6, temperature=0.0)
-    whole = trees(at_once.merger.grow(at_once.asked(), [at_once.matrix], everything))
-    texts = in_parts.texts
-    in_parts.texts = [text[:40] for text in texts]
-    in_parts.merger.grow(in_parts.asked(), [in_parts.matrix], everything)
-    in_parts.texts = texts
-    assert trees(in_parts.merger.grow(in_parts.asked(num_known=40), [in_parts.matrix], everything)) == whole
+    world = World(6, temperature=0.0)
+    texts = world.texts
+    world.texts = [text[:40] for text in texts]
+    world.merger.grow(world.asked(), [world.matrix], everything)
+    world.texts = texts
+
+    def whole() -> list[list[tuple[int, ...]]]:
+        return [sorted(node.path for node in grown(world.models, request)) for request in world.requests()]
+
+    assert trees(world.merger.grow(world.asked(num_known=40), [world.matrix], everything)) == whole()
     for slot in range(NUM_REQUESTS):
-        in_parts.merger.release(slot)
-    assert trees(in_parts.merger.grow(in_parts.asked(), [in_parts.matrix], everything)) == whole
+        world.merger.release(slot)
+    assert trees(world.merger.grow(world.asked(), [world.matrix], everything)) == whole()
 
 
 def test_a_kept_output_is_found_by_its_scope_alone(isa: str) -> None:

@@ -17,6 +17,7 @@ struct ChainPlan {
     const int32_t *slots, *max_tokens;
     const int32_t* bases;    // where each request's cached text begins: positions of the cache count from there
     const SampleRow* draws;  // at the position of each request's first drafted token
+    StopTokens stops;
     int32_t* tokens;         // out [B, width]
     double* scores;          // out [B, width]: what the draft's softmax gives each token
     int32_t* lengths;        // out [B]
@@ -97,7 +98,8 @@ void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, fl
             path *= survival_of(chain, draw.temperature, length + 1, score);
             // The next token survives its forerunners as they survived theirs, on average.
             const double next_path = path * std::pow(path, 1.0 / (length + 1));
-            if (length + 1 < chain.max_tokens[request] && next_path >= chain.min_survival) {
+            const bool can_go_on = length + 1 < chain.max_tokens[request] && !chain.stops.has(request, token);
+            if (can_go_on && next_path >= chain.min_survival) {
                 promised += next_path - chain.min_survival;
                 next.add(request, chain.slots[request], token, draw.position - chain.bases[request]);
             }

@@ -6,14 +6,17 @@
 
 #include "export.h"
 #include "lookup.h"
+#include "merged_survival.h"
 #include "recycling.h"
 #include "survival.h"
 
 namespace SLIPSTREAM_ISA {
 namespace {
 
-// `merging.DRAFTERS`, in order. The last one is what the others' candidates for one node are together.
-enum Drafter : int32_t { kChain, kRecycling, kLookup, kPool, kMerged, kNumDrafters };
+// `merging.DRAFTERS`, in order. Look-ups in the request's text and in past outputs are one source.
+enum Drafter : int32_t { kChain, kRecycling, kLookup, kPool, kNumDrafters };
+
+int32_t source_of(int32_t drafter) { return std::min(drafter, int32_t(kLookup)); }
 
 // What the candidates of one drafter are worth at one kind of temperature: `merging.Cells`, field by field.
 struct Cells {
@@ -23,9 +26,8 @@ struct Cells {
     int64_t num_levels;
 };
 
-constexpr int32_t kNumRanks = 8, kNumBins = 20;
+constexpr int32_t kNumRanks = 8;
 constexpr int32_t kMaxContinuations = 4;  // of a look-up
-constexpr int32_t kMaxCandidates = 1 + kWidth + 2 * kMaxContinuations;
 
 int32_t match_level(int32_t length) {
     constexpr int32_t kEnds[] = {0, 1, 2, 4, 8, 16, 32};
@@ -40,14 +42,27 @@ struct Proposal {
     double survival;
 };
 
+// A token that some drafters propose behind one node: which texts go on with it, and how often it comes.
+struct Meeting {
+    int32_t token;
+    uint32_t agreeing;
+    Said said;
+    double share;
+};
+
+// The part [first, end) of a list.
+struct Range {
+    int32_t first, end;
+};
+
 // A node of a request's tree, or its root. `survival` is that of the whole path; bit i of `agreeing` says that text i
-// (the chain, then continuations) reads as the path does; what was proposed behind the node are the request's proposals
-// [first, end), none if nothing was looked for.
+// (the chain, then continuations) reads as the path does; what was proposed behind the node are these parts of the
+// request's proposals and meetings, none if nothing was looked for.
 struct Node {
     int32_t token, parent, depth;
     uint32_t agreeing;
     double survival;
-    int32_t first, end;
+    Range proposals, meetings;
 };
 
 struct Candidate {
@@ -59,41 +74,18 @@ struct Candidate {
     }
 };
 
-// How often one request went on with one of the candidates behind it, beside how often it should have.
-class Predictability {
-   public:
-    void note(double expected, bool has_come) {
-        tried_ = kKept * tried_ + 1.0;
-        expected_ = kKept * expected_ + std::min(expected, 1.0);
-        came_ = kKept * came_ + has_come;
-    }
-
-    // The survival that candidates of this request have, where those of all requests have `survival`.
-    double corrected(double survival) const {
-        const double odds = (came_ + kFaith) / (tried_ - came_ + kFaith);
-        const double expected_odds = (expected_ + kFaith) / (tried_ - expected_ + kFaith);
-        const double ratio = odds / expected_odds;
-        return survival * ratio / (1.0 - survival + survival * ratio);
-    }
-
-   private:
-    static constexpr double kKept = 0.95;  // what older tokens still count for with every new one
-    static constexpr double kFaith = 2.0;  // so many came, and so many did not, before any was seen
-
-    double tried_ = 0.0, expected_ = 0.0, came_ = 0.0;
-};
-
 // What is kept of the request in a slot: its text, and the tree that its next tokens will judge.
 struct Slot {
     SuffixAutomaton text;
     std::vector<Node> nodes;
     std::vector<Proposal> proposals;
-    Predictability predictability;
+    std::vector<Meeting> meetings;
     bool is_sampled = false;
 
     void forget_tree() {
         nodes.clear();
         proposals.clear();
+        meetings.clear();
     }
 };
 
@@ -111,8 +103,10 @@ struct Plan {
     const double* chain_scores;
     const void* const* matrix_ids;
     const uint16_t* const* matrix_logprobs;
+    StopTokens stops;
     const Rule* rule;
-    const Cells* cells;  // [2, kNumDrafters]: at temperature 0, above it
+    const Cells* cells;            // [2, kNumDrafters]: at temperature 0, above it
+    const MergedSurvival* merged;  // [2]
     const double* step_s;
     int32_t *tokens, *parents, *ends;
     double* figures;  // out: expected tokens, candidates judged
@@ -133,7 +127,10 @@ class Growth {
     Growth(const Plan& plan, int32_t request, Merger& merger)
         : limits_(plan.limits + 4 * int64_t(request)),
           slot_(merger.slots[size_t(plan.slots[request])]),
+          request_(request),
+          stops_(plan.stops),
           cells_(plan.cells + (plan.draws[request].temperature != 0.0 ? kNumDrafters : 0)),
+          merged_(plan.merged[plan.draws[request].temperature != 0.0]),
           chain_{plan.chain_tokens + int64_t(request) * plan.chain_width, plan.chain_lengths[request], false, 0},
           chain_scores_(plan.chain_scores + int64_t(request) * plan.chain_width),
           min_survival_(plan.min_survival),
@@ -155,7 +152,7 @@ class Growth {
     void run() {
         const int32_t max_nodes = limits_[2], max_depth = limits_[3];
         heap_.clear();
-        slot_.nodes.push_back({limits_[1], -1, 0, ~0u, 1.0, 0, 0});
+        slot_.nodes.push_back({limits_[1], -1, 0, ~0u, 1.0, {0, 0}, {0, 0}});
         for (int32_t node = 0;; node = int32_t(slot_.nodes.size()) - 1) {
             if (slot_.nodes[size_t(node)].depth < max_depth) expand(node);
             if (heap_.empty() || node == max_nodes) return;
@@ -168,14 +165,6 @@ class Growth {
     }
 
    private:
-    // A token that some drafters propose behind one node.
-    struct Meeting {
-        int32_t token;
-        uint32_t agreeing;
-        int32_t sources;  // who proposes it: 1 the chain, 2 Token Recycling, 4 a look-up
-        double survival;  // the largest of theirs
-    };
-
     void add_texts(Drafter drafter, int32_t number) {
         for (int32_t one = 0; one < number; ++one) texts_[num_texts_++] = {found_[one], drafter};
     }
@@ -183,16 +172,16 @@ class Growth {
     void expand(int32_t index) {
         const Node node = slot_.nodes[size_t(index)];
         const int32_t depth = node.depth + 1;
-        num_meetings_ = 0;
-        first_here_ = slot_.proposals.size();
-        slot_.nodes[size_t(index)].first = int32_t(first_here_);
+        first_proposal_ = slot_.proposals.size();
+        first_meeting_ = slot_.meetings.size();
         if ((node.agreeing & 1) && node.depth < chain_.num_tokens) {
             propose(kChain, chain_.tokens[node.depth], 0, depth, score_level(chain_scores_[node.depth]), 1);
         }
         look_up(node, depth);
         if (has_matrix_) recycle(node, depth);
         merge(index, depth);
-        slot_.nodes[size_t(index)].end = int32_t(slot_.proposals.size());
+        slot_.nodes[size_t(index)].proposals = {int32_t(first_proposal_), int32_t(slot_.proposals.size())};
+        slot_.nodes[size_t(index)].meetings = {int32_t(first_meeting_), int32_t(slot_.meetings.size())};
     }
 
     void look_up(const Node& node, int32_t depth) {
@@ -225,7 +214,7 @@ class Growth {
 
     // Whether this drafter has proposed the token behind this node before; then another text of its agrees.
     bool join(int32_t token, int32_t drafter, uint32_t bit) {
-        for (size_t at = first_here_; at < slot_.proposals.size(); ++at) {
+        for (size_t at = first_proposal_; at < slot_.proposals.size(); ++at) {
             const Proposal& earlier = slot_.proposals[at];
             if (earlier.token != token || earlier.drafter != drafter) continue;
             meeting_of(token).agreeing |= bit;
@@ -235,45 +224,46 @@ class Growth {
     }
 
     void propose(int32_t drafter, int32_t token, int32_t rank, int32_t depth, int32_t level, uint32_t bit) {
-        const double survival = note(drafter, token, rank, place_of(depth), level);
-        Meeting& meeting = meeting_of(token);
-        meeting.agreeing |= bit;
-        meeting.sources |= 1 << std::min(drafter, int32_t(kLookup));
-        meeting.survival = std::max(meeting.survival, survival);
-    }
-
-    // Remember a candidate and its cell; its survival.
-    double note(int32_t drafter, int32_t token, int32_t rank, int32_t place, int32_t level) {
-        const int32_t row = std::min(rank, kNumRanks - 1) * kNumPlaces + place;
+        const int32_t row = std::min(rank, kNumRanks - 1) * kNumPlaces + place_of(depth);
         const int32_t cell = row * int32_t(cells_[drafter].num_levels) + level;
         const double survival = cells_[drafter].survivals[cell];
         slot_.proposals.push_back({token, drafter, cell, survival});
-        return survival;
+        Meeting& meeting = meeting_of(token);
+        meeting.agreeing |= bit;
+        meeting.said.add(source_of(drafter), survival);
     }
 
     Meeting& meeting_of(int32_t token) {
-        for (int32_t one = 0; one < num_meetings_; ++one) {
-            if (meetings_[one].token == token) return meetings_[one];
+        for (size_t one = first_meeting_; one < slot_.meetings.size(); ++one) {
+            if (slot_.meetings[one].token == token) return slot_.meetings[one];
         }
-        return meetings_[num_meetings_++] = {token, 0, 0, 0.0};
+        slot_.meetings.push_back({token, 0, {}, 0.0});
+        return slot_.meetings.back();
     }
 
-    // At most one of several siblings is accepted: what they claim together is cut down to 1.
+    // At most one of several siblings comes: they compete with each other, and with no proposed token coming at all. A
+    // token that ends the output counts like any other, but is no node: what it would save, nothing comes behind it.
     void merge(int32_t parent, int32_t depth) {
-        double claimed = 0.0;
-        for (int32_t one = 0; one < num_meetings_; ++one) claimed += meetings_[one].survival;
-        const double scale = claimed > 1.0 ? 1.0 / claimed : 1.0;
-        std::stable_sort(meetings_, meetings_ + num_meetings_,
-                         [](const Meeting& one, const Meeting& other) { return one.survival > other.survival; });
+        double most = 0.0;
+        for (size_t one = first_meeting_; one < slot_.meetings.size(); ++one) {
+            Meeting& meeting = slot_.meetings[one];
+            meeting.share = merged_.utility(meeting.said);
+            most = std::max(most, meeting.share);
+        }
+        double total = std::exp(-most);
+        for (size_t one = first_meeting_; one < slot_.meetings.size(); ++one) {
+            double& share = slot_.meetings[one].share;
+            share = std::exp(share - most);
+            total += share;
+        }
         const Node above = slot_.nodes[size_t(parent)];
-        for (int32_t rank = 0; rank < num_meetings_; ++rank) {
-            const Meeting& meeting = meetings_[rank];
-            note(kMerged, meeting.token, rank, meeting.sources, score_level(meeting.survival * scale));
-            double& own = slot_.proposals.back().survival;
-            own = slot_.predictability.corrected(own);
-            const double survival = above.survival * own;
-            heap_.push_back({{meeting.token, parent, depth, meeting.agreeing & above.agreeing, survival, 0, 0},
-                             int32_t(slot_.proposals.size())});
+        for (size_t one = first_meeting_; one < slot_.meetings.size(); ++one) {
+            Meeting& meeting = slot_.meetings[one];
+            meeting.share /= total;
+            if (stops_.has(request_, meeting.token)) continue;
+            const uint32_t agreeing = meeting.agreeing & above.agreeing;
+            heap_.push_back({{meeting.token, parent, depth, agreeing, above.survival * meeting.share, {0, 0}, {0, 0}},
+                             int32_t(one)});
             std::push_heap(heap_.begin(), heap_.end());
         }
     }
@@ -285,7 +275,10 @@ class Growth {
 
     const int32_t* const limits_;
     Slot& slot_;
+    const int32_t request_;
+    const StopTokens stops_;
     const Cells* const cells_;
+    const MergedSurvival& merged_;
     const Continuation chain_;
     const double* const chain_scores_;
     const double min_survival_;
@@ -295,9 +288,7 @@ class Growth {
     Continuation found_[kMaxContinuations];
     Text texts_[2 * kMaxContinuations];
     int32_t num_texts_ = 0;
-    Meeting meetings_[kMaxCandidates];
-    int32_t num_meetings_ = 0;
-    size_t first_here_ = 0;  // where what is proposed behind the node in hand begins
+    size_t first_proposal_ = 0, first_meeting_ = 0;  // where what is proposed behind the node in hand begins
 
     static thread_local std::vector<Candidate> heap_;
 };
@@ -368,13 +359,26 @@ void write_trees(const Plan& plan, const Merger& merger, const std::vector<Place
 
 // ------------------------------------------------------------------------------------------------------- learning
 
-void count_trial(const Cells& cells, const Proposal& proposal, bool is_accepted) {
-    cells.tried[proposal.cell] += 1.0;
-    cells.accepted[proposal.cell] += is_accepted;
-    const int32_t bin = std::min(int32_t(proposal.survival * kNumBins), kNumBins - 1);
-    cells.curve[bin] += 1.0;
-    cells.curve[kNumBins + bin] += proposal.survival;
-    cells.curve[2 * kNumBins + bin] += is_accepted;
+// Everything that was proposed behind a node, whose next token has come. Returns how many trials that were.
+int64_t judge_behind(const Node& node, const Slot& slot, const Cells* cells, const MergedSurvival& merged,
+                     int32_t token) {
+    for (int32_t one = node.proposals.first; one < node.proposals.end; ++one) {
+        const Proposal& proposal = slot.proposals[size_t(one)];
+        const Cells& own = cells[proposal.drafter];
+        const bool has_come = proposal.token == token;
+        own.tried[proposal.cell] += 1.0;
+        own.accepted[proposal.cell] += has_come;
+        count_on(own.curve, proposal.survival, has_come);
+    }
+    MergedSurvival::Gradient gradient;
+    for (int32_t one = node.meetings.first; one < node.meetings.end; ++one) {
+        const Meeting& meeting = slot.meetings[size_t(one)];
+        const bool has_come = meeting.token == token;
+        gradient.add(meeting.said, has_come - meeting.share);
+        count_on(merged.curve, meeting.share, has_come);
+    }
+    merged.learn(gradient);
+    return node.proposals.end - node.proposals.first;
 }
 
 // Judge what was proposed along the path that the tokens took; returns how many trials there were.
@@ -383,20 +387,7 @@ int64_t judge(const Plan& plan, Slot& slot, const int32_t* tokens, int32_t numbe
     int64_t num_trials = 0;
     int32_t node = 0;
     for (int32_t at = 0; at < number && node >= 0 && !slot.nodes.empty(); ++at) {
-        const Node& here = slot.nodes[size_t(node)];
-        double expected = 0.0;
-        bool has_come = false;
-        for (int32_t one = here.first; one < here.end; ++one) {
-            const Proposal& proposal = slot.proposals[size_t(one)];
-            const bool is_accepted = proposal.token == tokens[at];
-            if (proposal.drafter == kMerged) {
-                expected += cells[kMerged].survivals[proposal.cell];
-                has_come |= is_accepted;
-            }
-            count_trial(cells[proposal.drafter], proposal, is_accepted);
-        }
-        if (here.end > here.first) slot.predictability.note(expected, has_come);
-        num_trials += here.end - here.first;
+        num_trials += judge_behind(slot.nodes[size_t(node)], slot, cells, plan.merged[slot.is_sampled], tokens[at]);
         const int32_t parent = node;
         node = -1;
         for (int32_t child = parent + 1; child < int32_t(slot.nodes.size()) && node < 0; ++child) {
@@ -436,8 +427,8 @@ int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address) {
         Slot& slot = merger.slots[size_t(plan.slots[request])];
         num_trials += judge(plan, slot, tokens, plan.new_ends[request] - first);
         slot.text.extend(tokens, plan.new_ends[request] - first);
-        Growth(plan, request, merger).run();
     }
+    for (int32_t request = 0; request < plan.num_requests; ++request) Growth(plan, request, merger).run();
     plan.figures[1] = double(num_trials);
     const std::vector<Place> places = by_survival(plan, merger);
     write_trees(plan, merger, places, best_number(plan, places));
@@ -458,7 +449,6 @@ void SLIPSTREAM_EXPORT(merger_release)(void* handle, int32_t slot) {
     Slot& left = static_cast<Merger*>(handle)->slots[size_t(slot)];
     left.text.clear();
     left.forget_tree();
-    left.predictability = {};
 }
 
 // Keep an output in the pool, for the requests of its scope.
