@@ -24,7 +24,7 @@ from slipstream.drafting.step_cost import ExpertUnion, MeasuredSteps, StepCost
 from slipstream.drafting.survival import NodeFeatures, SurvivalModel, Trials, along_paths
 from slipstream.drafting.tree import ROOT
 from slipstream_kernels.lookup import OutputPool, SuffixAutomaton
-from slipstream_kernels.merging import DRAFTERS, Asked, Merger, Price
+from slipstream_kernels.merging import DRAFTERS, Asked, Estimates, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
 from slipstream_kernels.sampling import row_bytes, sample_rows, stop_tokens
 
@@ -115,15 +115,14 @@ def _compiled(
     rng: np.random.Generator, num_requests: int, nodes_each: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     model = SurvivalModel(matching=dict.fromkeys(("lookup", "pool"), 1), scoring=dict.fromkeys(SCORING, 1))
-    cells = [model.cells(name) for name in DRAFTERS]
+    estimates = Estimates([model.cells(name) for name in DRAFTERS], MergedSurvival())
     merger = Merger(
         num_slots=num_requests,
         max_nodes=nodes_each,
         vocab_size=VOCAB,
         pool_tokens=0,
-        greedy=cells,
-        sampled=cells,
-        merged=(MergedSurvival(), MergedSurvival()),
+        greedy=estimates,
+        sampled=estimates,
         rule=DEFAULT_RULE,
     )
     recycling = RecyclingDrafter(VOCAB)

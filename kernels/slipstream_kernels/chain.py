@@ -35,7 +35,7 @@ class ChainWorth(NamedTuple):
     with others pays for a pass together.
 
     A next token is expected to survive its forerunners as they survived theirs, on average. Survivals are float64
-    [8 places, score levels], at temperature 0 and above it (`slipstream.drafting.survival`).
+    [8 depths, score levels], at temperature 0 and above it (`slipstream.drafting.survival`).
     """
 
     min_survival: float
@@ -44,25 +44,28 @@ class ChainWorth(NamedTuple):
     sampled: Float64
 
 
-def draft_chains(
-    decoder: Decoder,
-    first: Plan,
-    *,
-    slots_B: Int32,
-    max_tokens_B: Int32,
-    bases_B: Int32,
-    draws_B: SampleRows,
-    stops: StopTokens,
-    worth: ChainWorth | None = None,
-) -> Chains:
-    """Chains of at most `max_tokens_B` tokens (each at least 1), token after token, with the requests' noise.
+class AskedChains(NamedTuple):
+    """Chains that B requests want: of at most `max_tokens_B` tokens, each at least 1, ending with one of its `stops`.
 
-    `first` is the pass that brings the cache level with the B requests in `slots_B`, and asks for a row of logits for
-    each, in order. Drafted tokens are computed in place behind it, all but the last. `draws_B` are at the position of
-    the first one; positions of the cache count from `bases_B`. Scores are what the draft's softmax gives its tokens; a
-    chain ends with a token that ends its request's output, and once it is not `worth` going on.
+    Requests are in `slots_B`. `draws_B` are at the position of the first drafted token; positions of the cache count
+    from `bases_B`.
     """
-    num_requests, width = len(slots_B), int(max_tokens_B.max())
+
+    slots_B: Int32
+    max_tokens_B: Int32
+    bases_B: Int32
+    draws_B: SampleRows
+    stops: StopTokens
+
+
+def draft_chains(decoder: Decoder, first: Plan, asked: AskedChains, *, worth: ChainWorth | None = None) -> Chains:
+    """Drafts token after token with the requests' noise.
+
+    `first` is the pass that brings the cache level with the B requests, and asks for a row of logits for each, in
+    order. Drafted tokens are computed in place behind it, all but the last. Scores are what the draft's softmax gives
+    its tokens; a chain ends early once it is not `worth` going on.
+    """
+    num_requests, width = len(asked.slots_B), int(asked.max_tokens_B.max())
     price = (0.0, 0.0, None, None) if worth is None else (*worth[:2], *map(address_of, worth[2:]))
     chains = Chains(
         np.empty((num_requests, width), np.int32), np.empty((num_requests, width)), np.empty(num_requests, np.int32)
@@ -70,7 +73,7 @@ def draft_chains(
     plan = _ChainPlan(
         num_requests,
         width,
-        *(address_of(array) for array in (slots_B, max_tokens_B, bases_B, draws_B, *stops, *chains)),
+        *(address_of(array) for array in (*asked[:-1], *asked.stops, *chains)),
         *price,
     )
     decoder.draft_chain(first, ctypes.addressof(plan))

@@ -47,7 +47,7 @@ class Curve(Protocol):
 
 
 class Cells(Protocol):
-    """Estimates and counts of one drafter, float64 [8 ranks, 8 places, levels]; they stay where they are."""
+    """Estimates and counts of one drafter, float64 [8 ranks, 8 depths, levels]; they stay where they are."""
 
     said: Float64
     new_tried: Float64
@@ -57,14 +57,21 @@ class Cells(Protocol):
     def curve(self) -> Curve: ...  # noqa: D102
 
 
-class Together(Protocol):
-    """What candidates survive beside each other: float64 [8 sets of sources, 4] `weights_SF` and `squares_SF`."""
+class MergedWeights(Protocol):
+    """What candidates survive beside each other: float64 [8 sets of sources, 4], which stay where they are."""
 
-    weights_SF: Float64
-    squares_SF: Float64
+    weights: Float64
+    squares: Float64
 
     @property
     def curve(self) -> Curve: ...  # noqa: D102
+
+
+class Estimates(NamedTuple):
+    """What candidates survive: by the cells of their drafter, in the order of DRAFTERS, and beside each other."""
+
+    cells: Sequence[Cells]
+    merged: MergedWeights
 
 
 class Chains(NamedTuple):
@@ -174,16 +181,15 @@ class _Cells(ctypes.Structure):
     ]
 
 
-class _Merged(ctypes.Structure):
+class _MergedWeights(ctypes.Structure):
     _fields_ = [(name, _ADDRESS) for name in ("weights", "squares", "curve")]
 
 
 class Merger:
     """Grows trees for the requests in `num_slots` slots, of at most `max_nodes` nodes each; for one thread at a time.
 
-    `greedy` and `sampled` are the cells of every drafter, in the order of DRAFTERS, for requests at temperature 0 and
-    above; `merged` what their candidates survive together, in that order. `pool_tokens` of past outputs are kept.
-    Look-ups take part if `drafters` names them. The compiled kernels must be available.
+    `greedy` and `sampled` are for requests at temperature 0 and above. `pool_tokens` of past outputs are kept. Look-ups
+    take part if `drafters` names them. The compiled kernels must be available.
     """
 
     def __init__(
@@ -193,9 +199,8 @@ class Merger:
         max_nodes: int,
         vocab_size: int,
         pool_tokens: int,
-        greedy: Sequence[Cells],
-        sampled: Sequence[Cells],
-        merged: tuple[Together, Together],
+        greedy: Estimates,
+        sampled: Estimates,
         rule: GrowthRule,
         drafters: Collection[str] = DRAFTERS,
     ) -> None:
@@ -209,11 +214,10 @@ class Merger:
         self._tokens, self._parents = np.empty((2, max(num_slots * max_nodes, 1)), np.int32)
         self._ends = np.empty(num_slots, np.int32)
         self._figures = np.zeros(2)
-        self._kept_alive = (*greedy, *sampled), merged
-        self._cells = (_Cells * (2 * len(DRAFTERS)))(*(_cells_of(one) for one in (*greedy, *sampled)))
-        self._merged = (_Merged * 2)(
-            *(_Merged(*_addresses_of(one.weights_SF, one.squares_SF, one.curve.sums)) for one in merged)
-        )
+        self._kept_alive = (greedy, sampled)
+        cells = [_cells_of(one) for one in (*greedy.cells, *sampled.cells)]
+        self._cells = (_Cells * len(cells))(*cells)
+        self._merged = (_MergedWeights * 2)(*(_weights_of(one.merged) for one in self._kept_alive))
         self._rule = (_DOUBLE * (len(rule) - 1 + WIDTH))(*rule[:-1], *rule.rank_probs)
         self._plan = _Plan(
             vocab_size=vocab_size,
@@ -290,6 +294,10 @@ class Merger:
 def _cells_of(cells: Cells) -> _Cells:
     addresses = _addresses_of(cells.said, cells.new_tried, cells.new_accepted, cells.curve.sums)
     return _Cells(*addresses, cells.said.shape[2])
+
+
+def _weights_of(merged: MergedWeights) -> _MergedWeights:
+    return _MergedWeights(*_addresses_of(merged.weights, merged.squares, merged.curve.sums))
 
 
 def _addresses_of(*arrays: Float64) -> list[int]:

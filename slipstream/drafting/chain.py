@@ -16,10 +16,11 @@ from slipstream.engine.blocks import blocks_for
 from slipstream.engine.decoders import open_decoder
 from slipstream.engine.native_decoder import NativeDecoder
 from slipstream.engine.plan import NO_NODE, Int32, StepPlan
-from slipstream.engine.sampling import draft_rows, draft_tokens, stop_tokens_of
+from slipstream.engine.sampling import draft_rows, draft_tokens
 from slipstream.models.checkpoint import Checkpoint
-from slipstream_kernels.chain import ChainWorth, draft_chains
+from slipstream_kernels.chain import AskedChains, ChainWorth, draft_chains
 from slipstream_kernels.merging import Chains
+from slipstream_kernels.sampling import stop_tokens
 
 
 class ChainDrafter:
@@ -86,7 +87,8 @@ class ChainDrafter:
     def draft(self, contexts: Sequence[DraftContext], *, max_tokens: int, worth: ChainWorth | None = None) -> Chains:
         """A chain per context, in order, of length 0 where none is possible yet.
 
-        A chain ends with a token that ends its request's output, and once it is not `worth` going on.
+        If it is asked whether going on is `worth` it, a chain ends where it is not, and with a token that ends its
+        request's output.
         """
         for context in contexts:
             self._begin_anew_if_far_behind(context, max_tokens)
@@ -158,11 +160,13 @@ class ChainDrafter:
             return draft_chains(
                 self._decoder.kernel,
                 first,
-                slots_B=np.array(slots, np.int32),
-                max_tokens_B=limits_B,
-                bases_B=np.array([self._bases[slot] for slot in slots], np.int32),
-                draws_B=draws_B,
-                stops=stop_tokens_of([one.sampling for one in contexts]),
+                AskedChains(
+                    np.array(slots, np.int32),
+                    limits_B,
+                    np.array([self._bases[slot] for slot in slots], np.int32),
+                    draws_B,
+                    stop_tokens([_ends(one, worth) for one in contexts]),
+                ),
                 worth=worth,
             )
         return self._draft_by_steps(contexts, limits_B, first, worth)
@@ -185,7 +189,7 @@ class ChainDrafter:
             chains.scores_BD[growing, lengths] = scores
             chains.lengths_B[growing] += 1
             growing = [one for one in growing if chains.lengths_B[one] < limits_B[one]]
-            growing = [one for one in growing if not _has_ended(contexts[one], chains, one)]
+            growing = [one for one in growing if _newest(chains, one) not in _ends(contexts[one], worth)]
             if worth is not None:
                 growing = _worth_going_on(contexts, chains, paths_B, growing, worth)
             if growing:
@@ -193,7 +197,7 @@ class ChainDrafter:
                     len(contexts[one].token_ids) - self._bases[contexts[one].slot] + int(chains.lengths_B[one]) - 1
                     for one in growing
                 ]
-                newest = chains.token_ids_BD[growing, chains.lengths_B[growing] - 1].tolist()
+                newest = [_newest(chains, one) for one in growing]
                 plan = self._plan(newest, places, [contexts[one].slot for one in growing], wanted=range(len(growing)))
         return chains
 
@@ -219,9 +223,13 @@ def no_chains(number: int, *, width: int = 1) -> Chains:
     return Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
 
 
-def _has_ended(context: DraftContext, chains: Chains, row: int) -> bool:
-    """Whether a chain's newest token ends its request's output."""
-    return int(chains.token_ids_BD[row, chains.lengths_B[row] - 1]) in context.sampling.stop_token_ids
+def _newest(chains: Chains, row: int) -> int:
+    return int(chains.token_ids_BD[row, chains.lengths_B[row] - 1])
+
+
+def _ends(context: DraftContext, worth: ChainWorth | None) -> tuple[int, ...]:
+    """The tokens that end a chain: chains of fixed length go on, as the gate's replay of them does."""
+    return context.sampling.stop_token_ids if worth is not None else ()
 
 
 def _worth_going_on(
@@ -234,9 +242,9 @@ def _worth_going_on(
     next_paths = {}
     for one in growing:
         depth = int(chains.lengths_B[one])
-        estimates_PL = worth.sampled if contexts[one].sampling.temperature else worth.greedy
+        estimates_SL = worth.sampled if contexts[one].sampling.temperature else worth.greedy
         score = float(chains.scores_BD[one, depth - 1])
-        paths_B[one] *= survival_in_chain(estimates_PL, depth=depth, score=score)
+        paths_B[one] *= survival_in_chain(estimates_SL, depth=depth, score=score)
         next_paths[one] = float(paths_B[one]) * float(paths_B[one]) ** (1.0 / depth)
     left = [one for one in growing if next_paths[one] >= worth.min_survival]
     promised = sum(next_paths[one] - worth.min_survival for one in left)

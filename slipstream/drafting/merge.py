@@ -27,12 +27,13 @@ from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.survival import SurvivalModel
 from slipstream.drafting.tree import DraftTree, trees_of
-from slipstream.engine.sampling import draft_rows, stop_tokens_of
+from slipstream.engine.sampling import draft_rows
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 from slipstream_kernels.adjacency import Adjacency
 from slipstream_kernels.chain import ChainWorth
-from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Int32, Merger, Price
+from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Estimates, Int32, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
+from slipstream_kernels.sampling import stop_tokens
 
 Source = Literal["chain", "recycling", "lookup", "pool"]
 
@@ -102,9 +103,8 @@ class MergedDrafter:
             max_nodes=max_nodes,
             vocab_size=vocab_size,
             pool_tokens=options.pool_tokens if "pool" in options.sources else 0,
-            greedy=[self.greedy.cells(name) for name in DRAFTERS],
-            sampled=[self.sampled.cells(name) for name in DRAFTERS],
-            merged=self.merged,
+            greedy=_estimates(self.greedy, self.merged[0]),
+            sampled=_estimates(self.sampled, self.merged[1]),
             rule=DEFAULT_RULE,
             drafters=options.sources,
         )
@@ -301,7 +301,7 @@ class MergedDrafter:
             draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts]),
             limits_B4,
             np.array([_scope(one.tenant) for one in contexts], np.uint64),
-            stop_tokens_of([one.sampling for one in contexts]),
+            stop_tokens([one.sampling.stop_token_ids for one in contexts]),
             chains,
         )
 
@@ -339,6 +339,10 @@ _NO_MATRIX = -1
 def _towards(newest: float, mean: float | None) -> float:
     """The mean with the newest value taken in."""
     return newest if mean is None else mean + _DRAFT_TIME_SHARE * (newest - mean)
+
+
+def _estimates(model: SurvivalModel, merged: MergedSurvival) -> Estimates:
+    return Estimates([model.cells(name) for name in DRAFTERS], merged)
 
 
 def _survival_model() -> SurvivalModel:

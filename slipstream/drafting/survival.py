@@ -49,7 +49,7 @@ NUM_RANKS = 8
 _DEPTHS = np.array([0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7])
 """Cell of each depth (index); 13 and deeper are one."""
 
-_NUM_PLACES = 8
+_NUM_DEPTHS = 8
 
 _MATCHES = np.array([0, 0, 1, 2, 2, 3, 3, 3, 3, *[4] * 8, *[5] * 16, 6])
 """Cell of each match length (index): 1, 2, 3-4, 5-8, 9-16, 17-32, longer."""
@@ -74,9 +74,9 @@ NUM_SCORE_LEVELS = len(_SCORE_EDGES) + 1
 _NONE: Mapping[str, int] = MappingProxyType({})
 
 
-def survival_in_chain(estimates_PL: Float64, *, depth: int, score: float) -> float:
-    """What the estimates [places, levels] of a chain's cells say of its token at this depth, which it scores so."""
-    return float(estimates_PL[_DEPTHS.take(depth, mode="clip"), _score_levels(np.array(score))])
+def survival_in_chain(estimates_SL: Float64, *, depth: int, score: float) -> float:
+    """What the estimates [depths, levels] of a chain's cells say of its token at this depth, which it scores so."""
+    return float(estimates_SL[_DEPTHS.take(depth, mode="clip"), _score_levels(np.array(score))])
 
 
 class NodeFeatures(msgspec.Struct, frozen=True):
@@ -235,10 +235,6 @@ class SurvivalModel:
         """Start anew with a drafter whose weights were replaced; its calibration curve goes on."""
         self.cells(drafter).forget()
 
-    def calibration_curve(self, drafter: str) -> CalibrationCurve:
-        """Predicted against real survival of a drafter's trials."""
-        return self.cells(drafter).curve
-
     @property
     def num_bytes(self) -> int:
         """Memory of counts and estimates, whatever was observed."""
@@ -251,9 +247,9 @@ class SurvivalModel:
 
 
 class Cells:
-    """Counts and estimates of one drafter, by rank, place and level: what it says of a candidate, as a small number.
+    """Counts and estimates of one drafter, by rank, depth and level: what it says of a candidate, as a small number.
 
-    float64 arrays [ranks, places, levels] that stay where they are: `said`, the estimates; `new_tried` and
+    float64 arrays [ranks, depths, levels] that stay where they are: `said`, the estimates; `new_tried` and
     `new_accepted`, what was counted since they were made; and `curve`.
     """
 
@@ -261,7 +257,7 @@ class Cells:
         if window_trials < 1:
             raise ValueError(f"window_trials is {window_trials}, expected at least 1")
         self._keep_ratio = 1 - 1 / window_trials
-        shape = (NUM_RANKS, _NUM_PLACES, num_levels)
+        shape = (NUM_RANKS, _NUM_DEPTHS, num_levels)
         self._tried, self._accepted, self.new_tried, self.new_accepted, self.said = np.zeros((5, *shape))
         self.curve = CalibrationCurve()
         self.forget()
@@ -328,7 +324,7 @@ class Cells:
 
 def _shape_cells(features: NodeFeatures) -> NDArray[np.intp]:
     ranks_X = np.minimum(features.ranks_X, NUM_RANKS - 1).astype(np.intp)
-    cells_X: NDArray[np.intp] = ranks_X * _NUM_PLACES + _DEPTHS.take(features.depths_X, mode="clip")
+    cells_X: NDArray[np.intp] = ranks_X * _NUM_DEPTHS + _DEPTHS.take(features.depths_X, mode="clip")
     return cells_X
 
 

@@ -18,6 +18,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 _MAX_PENALTY = 2.0
 _SEED_LIMIT = 2**63
+_ID_LIMIT = 2**31
 
 
 class Admissible(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +83,11 @@ def _check_sampling(sampling: SamplingParams, limits: Admissible) -> None:
         )
     _check_within("presence_penalty", sampling.presence_penalty, at_least=-_MAX_PENALTY, at_most=_MAX_PENALTY)
     _check_within("frequency_penalty", sampling.frequency_penalty, at_least=-_MAX_PENALTY, at_most=_MAX_PENALTY)
+    no_id = next((token for token in sampling.stop_token_ids if not 0 <= token < _ID_LIMIT), None)
+    if no_id is not None:
+        raise RequestError(
+            f"stop_token_ids has {no_id}; expected token ids, 0 <= id < {_ID_LIMIT}", param="stop_token_ids"
+        )
     _check_ids("logit_bias", (token for token, _ in sampling.logit_bias), limits)
     for _, bias in sampling.logit_bias:
         _check_within("logit_bias", bias, at_least=-MAX_LOGIT_BIAS, at_most=MAX_LOGIT_BIAS)

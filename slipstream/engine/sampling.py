@@ -32,16 +32,7 @@ from torch import Tensor
 
 from slipstream.drafting.tree import DraftTree, depths
 from slipstream.engine.request import SamplingParams
-from slipstream_kernels.sampling import (
-    SampleRows,
-    StopTokens,
-    choose,
-    chosen_ids,
-    probabilities,
-    row_bytes,
-    sample_rows,
-    stop_tokens,
-)
+from slipstream_kernels.sampling import SampleRows, choose, chosen_ids, probabilities, row_bytes, sample_rows
 
 
 class RowsOfRequest(msgspec.Struct, frozen=True):
@@ -113,11 +104,6 @@ def draft_tokens(logits_TV: Tensor, draws: Sequence[Draw], positions: Sequence[i
 def draft_rows(draws: Sequence[Draw], positions: Sequence[int]) -> SampleRows:
     """The sample rows by which drafts are drawn at these absolute positions."""
     return sample_rows([shared_row(one) for one in draws], positions)
-
-
-def stop_tokens_of(requests: Sequence[SamplingParams]) -> StopTokens:
-    """The tokens that end the outputs of these requests, as the kernels want them."""
-    return stop_tokens([one.stop_token_ids for one in requests])
 
 
 def shared_row(draw: Draw) -> bytes:

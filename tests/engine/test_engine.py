@@ -79,6 +79,7 @@ def test_every_output_token_comes_in_one_block_and_only_the_last_block_says_why(
         (a_request((1,), top_p=math.nan), ["top_p is nan", "0 < top_p <= 1"]),
         (a_request((1,), min_p=1.1), ["min_p is 1.1", "0 <= min_p <= 1"]),
         (a_request((1,), repetition_penalty=0.0), ["repetition_penalty is 0.0", "above 0"]),
+        (a_request((1,), stop_token_ids=(7, 2**31)), ["stop_token_ids has 2147483648", "0 <= id < 2147483648"]),
         (a_request((1,), presence_penalty=2.5), ["presence_penalty is 2.5", "-2 <= presence_penalty <= 2"]),
         (a_request((1,), frequency_penalty=-2.5), ["frequency_penalty is -2.5", "-2 <= frequency_penalty <= 2"]),
         (a_request((1,), logit_bias=((4096, 1.0),)), ["logit_bias", "4096", "4095"]),

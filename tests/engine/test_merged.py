@@ -14,6 +14,7 @@ from slipstream.drafting.chain import ChainDrafter
 from slipstream.drafting.drafter import DraftContext
 from slipstream.drafting.economy import Economy
 from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, MergedDrafter, Source
+from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.modes import Mode
 from slipstream.drafting.recycling_artifact import load_matrix
 from slipstream.drafting.step_cost import NodeCosts
@@ -155,8 +156,8 @@ def test_estimates_come_to_say_what_happens(target: Checkpoint, sibling: Checkpo
     assert greedy.curve.sums[0].sum() > 10_000
     assert sampled.curve.sums[0].sum() == 0, "nothing was drawn above temperature 0"
     assert drafter.calibration_error() <= 0.05
-    agreed, unlikely = greedy.shares(np.array([[0.8, 0.8, np.nan], [np.nan, 0.01, np.nan]]))
-    assert unlikely < 0.05 < 0.8 < agreed
+    agreed = np.array([[0.8, 0.8, 0.8]])
+    assert greedy.shares(agreed) > MergedSurvival().shares(agreed) + 0.05
 
 
 class FixedCost:
@@ -315,13 +316,16 @@ def test_a_chain_ends_with_the_token_that_ends_the_output(
         monkeypatch.setattr("slipstream.drafting.chain.NativeDecoder", type("NoDecoder", (), {}))
     sampling = SamplingParams(seed=3, max_tokens=20)
     contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(3)]
-    whole = _chains(sibling, None).draft(contexts, max_tokens=6).token_ids_BD.tolist()
+    worth = ChainWorth(0.0, 0.0, *np.ones((2, 8, 12)))
+    whole = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth).token_ids_BD.tolist()
     stopping = msgspec.structs.replace(sampling, stop_token_ids=(4095, whole[1][2]))
     contexts[1] = msgspec.structs.replace(contexts[1], sampling=stopping)
-    ended = _chains(sibling, None).draft(contexts, max_tokens=6)
+    ended = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth)
     assert ended.lengths_B.tolist() == [6, 1 + whole[1].index(whole[1][2]), 6]
     for ids, like, length in zip(ended.token_ids_BD.tolist(), whole, ended.lengths_B.tolist(), strict=True):
         assert ids[:length] == like[:length]
+    of_fixed_length = _chains(sibling, None).propose(contexts)
+    assert [len(tree.token_ids) for tree in of_fixed_length] == [6, 6, 6], "as the gate's replay has them"
 
 
 def _chains(draft: Checkpoint, window: int | None) -> ChainDrafter:

@@ -112,11 +112,11 @@ def proposals(request: Request, path: tuple[int, ...]) -> list[Proposed]:
 def meetings(model: SurvivalModel, found: Sequence[Proposed]) -> tuple[list[int], Float64]:
     """The tokens proposed behind one node, and what every source says of each: `MergedSurvival.shares`."""
     tokens = list(dict.fromkeys(one.token for one in found))
-    survivals_CS = np.full((len(tokens), NUM_SOURCES), np.nan)
+    survivals_CO = np.full((len(tokens), NUM_SOURCES), np.nan)
     for one in found:
         place = tokens.index(one.token), SOURCES[one.drafter]
-        survivals_CS[place] = np.fmax(survivals_CS[place], survival_of(model, one))
-    return tokens, survivals_CS
+        survivals_CO[place] = np.fmax(survivals_CO[place], survival_of(model, one))
+    return tokens, survivals_CO
 
 
 def grown(models: Models, request: Request, *, min_survival: float = 0.0) -> list[Node]:
@@ -127,8 +127,8 @@ def grown(models: Models, request: Request, *, min_survival: float = 0.0) -> lis
     newest = Node((), -1, 1.0)
     while True:
         if len(newest.path) < request.max_depth:
-            tokens, survivals_CS = meetings(models.alone, proposals(request, newest.path))
-            for token, share in zip(tokens, models.together.shares(survivals_CS).tolist(), strict=True):
+            tokens, survivals_CO = meetings(models.alone, proposals(request, newest.path))
+            for token, share in zip(tokens, models.together.shares(survivals_CO).tolist(), strict=True):
                 num_found += 1
                 if token not in request.stop_ids:
                     node = Node((*newest.path, token), len(nodes) - 1, newest.survival * share)

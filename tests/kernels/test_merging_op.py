@@ -11,10 +11,11 @@ from slipstream.drafting.budget import DrawnNodes, choose_nodes
 from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.survival import SurvivalModel
-from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Merged, Merger, Price
+from slipstream_kernels.lookup import OutputPool
+from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Estimates, Merged, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
 from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows, stop_tokens
-from tests.kernels.merging_oracle import MATCHING, Continued, Models, Request, grown, meetings, proposals
+from tests.kernels.merging_oracle import MATCHING, Continued, Models, Request, grown, meetings, proposals, survival_of
 from tests.unit.lookup_oracle import SuffixAutomaton
 
 VOCAB = 12
@@ -41,9 +42,13 @@ def model_of(rng: np.random.Generator) -> SurvivalModel:
 def merged_of(rng: np.random.Generator) -> MergedSurvival:
     """Weights of chance, as after some evidence."""
     merged = MergedSurvival()
-    merged.weights_SF += rng.normal(0.0, 0.3, merged.weights_SF.shape)
-    merged.squares_SF *= rng.uniform(1.0, 9.0, merged.squares_SF.shape)
+    merged.weights += rng.normal(0.0, 0.3, merged.weights.shape)
+    merged.squares *= rng.uniform(1.0, 9.0, merged.squares.shape)
     return merged
+
+
+def estimates(models: Models) -> Estimates:
+    return Estimates([models.alone.cells(name) for name in DRAFTERS], models.together)
 
 
 class World:
@@ -64,9 +69,8 @@ class World:
             max_nodes=max_nodes,
             vocab_size=VOCAB,
             pool_tokens=1_000,
-            greedy=[self.greedy.alone.cells(name) for name in DRAFTERS],
-            sampled=[self.sampled.alone.cells(name) for name in DRAFTERS],
-            merged=(self.greedy.together, self.sampled.together),
+            greedy=estimates(self.greedy),
+            sampled=estimates(self.sampled),
             rule=DEFAULT_RULE,
         )
         self.texts = [rng.integers(0, 4, 60).tolist() for _ in range(NUM_REQUESTS)]
@@ -232,19 +236,19 @@ def test_what_candidates_survive_together_is_learned_as_its_definition_says(isa:
     tree = {(), *(node.path for node in grown(world.models, request))}
     path = (*max(tree, key=len), 3)
     world.go_on(list(path))
-    before = expected.weights_SF.copy()
+    before = expected.weights.copy()
     said = [
         meetings(world.models.alone, proposals(request, path[:depth]))
         for depth in range(len(path))
         if path[:depth] in tree and depth < request.max_depth
     ]
-    all_shares = [expected.shares(survivals_CS) for _, survivals_CS in said]
-    for (tokens, survivals_CS), shares_C, token in zip(said, all_shares, path, strict=False):
-        expected.learn(survivals_CS, shares_C, np.array(tokens) == token)
+    all_shares = [expected.shares(survivals_CO) for _, survivals_CO in said]
+    for (tokens, survivals_CO), shares_C, token in zip(said, all_shares, path, strict=False):
+        expected.learn(survivals_CO, shares_C, np.array(tokens) == token)
     learned = world.models.together
-    assert not np.array_equal(before, expected.weights_SF)
-    np.testing.assert_allclose(learned.weights_SF, expected.weights_SF, rtol=1e-12)
-    np.testing.assert_allclose(learned.squares_SF, expected.squares_SF, rtol=1e-12)
+    assert not np.array_equal(before, expected.weights)
+    np.testing.assert_allclose(learned.weights, expected.weights, rtol=1e-12)
+    np.testing.assert_allclose(learned.squares, expected.squares, rtol=1e-12)
     np.testing.assert_allclose(learned.curve.sums, expected.curve.sums, rtol=1e-12)
 
 
@@ -252,7 +256,7 @@ def test_a_token_that_ends_the_output_is_judged_but_is_no_node(isa: str) -> None
     world = World(5, temperature=0.0)
     world.chains = [[(5, 0.99), (6, 0.99)], [(5, 0.99), (6, 0.99)], []]
     world.models.alone.cells("chain").said[:] = 0.99
-    world.models.together.weights_SF[:] = MergedSurvival().weights_SF
+    world.models.together.weights[:] = MergedSurvival().weights
     everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
     ended, going_on, _ = trees(world.merger.grow(world.asked(), [world.matrix], everything))
     assert (5, 6) in going_on
@@ -272,7 +276,7 @@ def test_the_last_tree_of_a_request_is_judged_by_how_it_ended(isa: str) -> None:
     assert world.merger.end(0, [first, 7]) == other.go_on([first, 7]) > 0
     for name in DRAFTERS:
         assert (world.greedy.alone.cells(name).new_tried == other.greedy.alone.cells(name).new_tried).all()
-    assert (world.greedy.together.weights_SF == other.greedy.together.weights_SF).all()
+    assert (world.greedy.together.weights == other.greedy.together.weights).all()
     assert world.merger.end(0, [first]) == world.merger.end(1, []) == 0
 
 
@@ -303,6 +307,43 @@ def test_a_kept_output_is_found_by_its_scope_alone(isa: str) -> None:
     asked.limits_B4[:, 0] = -1
     merged = trees(world.merger.grow(asked, [], everything))
     assert merged == [[(11,), (11, 10), (11, 10, 11)], [], [(11,), (11, 10)]]
+
+
+def test_two_look_ups_that_find_one_token_are_one_source_and_the_surer_one_counts(isa: str) -> None:
+    world = World(9, temperature=0.0)
+    world.chains = [[], [], []]
+    said_before, said_now = [9, 8, 7, 6, 11, 10, 3], [4, 6, 11, 1, 9, 8, 7, 6]
+    world.texts = [said_now] * NUM_REQUESTS
+    world.merger.keep(0, said_before)
+    pool = OutputPool(max_tokens=1_000)
+    pool.add(0, said_before)
+    found = pool.look_up(0, said_now, max_tokens=5, max_continuations=4)
+    requests = [
+        one._replace(
+            continued=[*one.continued, *(Continued("pool", them.token_ids, False, them.match_length) for them in found)]
+        )
+        for one in world.requests()
+    ]
+    tokens, survivals_CO = meetings(world.models.alone, proposals(requests[0], ()))
+    proposed = [
+        (one.drafter, survival_of(world.models.alone, one)) for one in proposals(requests[0], ()) if one.token == 11
+    ]
+    assert [drafter for drafter, _ in proposed if drafter != "recycling"] == ["lookup", "pool"]
+    assert survivals_CO[tokens.index(11), 2] == max(
+        survival for drafter, survival in proposed if drafter != "recycling"
+    )
+    merged = trees(world.merger.grow(world.asked(), [world.matrix], Price(np.ones(31), 0.0, NUM_REQUESTS)))
+    assert merged == [sorted(node.path for node in grown(world.models, request)) for request in requests]
+
+
+def test_a_request_that_can_only_end_gets_no_tree_and_is_judged(isa: str) -> None:
+    world = World(9, temperature=0.0)
+    world.chains = [[(5, 0.9)], [], []]
+    world.texts = [[1, 2, 3]] * NUM_REQUESTS
+    asked = world.asked()
+    asked.limits_B4[:, 0] = -1
+    assert trees(world.merger.grow(asked, [], Price(np.ones(31), 0.0, NUM_REQUESTS)))[0] == []
+    assert world.merger.end(0, [5]) == 1
 
 
 @pytest.mark.parametrize(("matrix", "root"), [(1, 0), (0, VOCAB), (0, -1)])

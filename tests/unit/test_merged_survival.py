@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slipstream.drafting.merged_survival import NUM_SOURCES, MergedSurvival
+from slipstream.drafting.survival import CURVE_WINDOW_TRIALS
 
 Float64 = NDArray[np.float64]
 
@@ -23,9 +24,13 @@ def said(*lines: tuple[float, float, float]) -> Float64:
 @pytest.mark.parametrize("source", range(NUM_SOURCES))
 @pytest.mark.parametrize("survival", [0.02, 0.5, 0.97])
 def test_before_any_evidence_a_lone_candidate_survives_as_its_source_says(source: int, survival: float) -> None:
-    survivals_CS = np.full((1, NUM_SOURCES), NAN)
-    survivals_CS[0, source] = survival
-    assert MergedSurvival().shares(survivals_CS) == pytest.approx([survival])
+    survivals_CO = np.full((1, NUM_SOURCES), NAN)
+    survivals_CO[0, source] = survival
+    assert MergedSurvival().shares(survivals_CO) == pytest.approx([survival])
+
+
+def test_before_any_evidence_several_sources_count_by_the_mean_of_their_log_odds() -> None:
+    assert MergedSurvival().shares(said((0.8, 0.2, NAN))) == pytest.approx([0.5])
 
 
 def test_siblings_take_from_each_other() -> None:
@@ -45,7 +50,7 @@ def test_shares_are_a_distribution_whatever_was_learned(
     lines: list[tuple[float, float, float]], weights: list[float]
 ) -> None:
     merged = MergedSurvival()
-    merged.weights_SF[:] = np.reshape(weights, (8, 4))
+    merged.weights[:] = np.reshape(weights, (8, 4))
     shares_C = merged.shares(said(*lines))
     assert ((shares_C >= 0.0) & (shares_C <= 1.0)).all()
     assert shares_C.sum() <= 1.0 + 1e-12
@@ -71,8 +76,8 @@ class Text:
 def taught(seed: int, *, num_nodes: int = 3_000) -> MergedSurvival:
     merged, text = MergedSurvival(), Text(seed)
     for _ in range(num_nodes):
-        survivals_CS, has_come_C = text.node()
-        merged.learn(survivals_CS, merged.shares(survivals_CS), has_come_C)
+        survivals_CO, has_come_C = text.node()
+        merged.learn(survivals_CO, merged.shares(survivals_CO), has_come_C)
     return merged
 
 
@@ -89,22 +94,24 @@ def test_agreement_and_disagreement_are_told_apart(seed: int) -> None:
 def test_what_no_source_proposed_together_stays_as_it_was() -> None:
     fresh, merged = MergedSurvival(), taught(0)
     only_recycling = 1 << RECYCLING
-    assert (merged.weights_SF[only_recycling] == fresh.weights_SF[only_recycling]).all()
-    assert (merged.weights_SF[1 << CHAIN | 1 << RECYCLING] != fresh.weights_SF[1 << CHAIN | 1 << RECYCLING]).any()
-    assert (merged.weights_SF[1 << LOOKUP] != fresh.weights_SF[1 << LOOKUP]).any()
+    assert (merged.weights[only_recycling] == fresh.weights[only_recycling]).all()
+    assert (merged.weights[1 << CHAIN | 1 << RECYCLING] != fresh.weights[1 << CHAIN | 1 << RECYCLING]).any()
+    assert (merged.weights[1 << LOOKUP] != fresh.weights[1 << LOOKUP]).any()
 
 
 def test_weights_follow_when_luck_changes() -> None:
     merged = taught(1, num_nodes=20_000)
     for _ in range(2_000):
-        survivals_CS = said((0.6, 0.6, 0.6))
-        merged.learn(survivals_CS, merged.shares(survivals_CS), np.array([False]))
+        survivals_CO = said((0.6, 0.6, 0.6))
+        merged.learn(survivals_CO, merged.shares(survivals_CO), np.array([False]))
     assert merged.shares(said((0.6, 0.6, 0.6)))[0] < 0.05
 
 
 def test_trials_of_the_curve_fade_as_new_ones_come() -> None:
     merged = taught(2)
+    number = merged.curve.sums[0].sum()
     merged.let_curve_fade()
     before = merged.curve.sums[0].sum()
+    assert before == pytest.approx(number * 0.5 ** (number / CURVE_WINDOW_TRIALS))
     merged.let_curve_fade()
     assert merged.curve.sums[0].sum() == before, "nothing came since"

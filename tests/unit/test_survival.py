@@ -125,7 +125,7 @@ def test_nodes_that_were_not_tried_teach_nothing() -> None:
     scores = np.full(100, 0.5)
     model.observe("chain", many, scores, Trials(np.zeros(100, dtype=bool), np.zeros(100, dtype=bool)))
     assert model.read("chain", many, scores)[0] == pytest.approx(0.5)
-    assert model.calibration_curve("chain").bins() == []
+    assert model.cells("chain").curve.bins() == []
 
 
 def test_estimates_never_fall_with_the_drafters_score_or_the_match() -> None:

@@ -23,12 +23,12 @@ struct ChainPlan {
     int32_t* lengths;        // out [B]
     double min_survival;     // a chain whose next token would survive less often is not continued
     double pass_tokens;      // what a pass costs, in tokens: none is made that promises less above min_survival
-    const double* survivals[2];  // at temperature 0, above it: [places, score levels]; null: the scores themselves
+    const double* survivals[2];  // at temperature 0, above it: [depths, score levels]; null: the scores themselves
 };
 
 double survival_of(const ChainPlan& chain, double temperature, int32_t depth, double score) {
     const double* const estimates = chain.survivals[temperature != 0.0];
-    return estimates == nullptr ? score : estimates[place_of(depth) * kNumScoreLevels + score_level(score)];
+    return estimates == nullptr ? score : estimates[depth_cell(depth) * kNumScoreLevels + score_level(score)];
 }
 
 // Rows of the passes behind the first: each growing chain's newest token, at its own position.

@@ -7,18 +7,9 @@
 
 namespace SLIPSTREAM_ISA {
 
-constexpr int32_t kNumBins = 20;
 constexpr int32_t kNumSources = 3, kNumSets = 1 << kNumSources, kNumWeights = kNumSources + 1;
 constexpr double kSurest = 1e-4;  // no survival counts as less than this, or as nearer to 1
-constexpr double kRate = 0.15, kKept = 0.9999;
-
-// Another trial of a calibration curve, [3, kNumBins]: trials, the sum of their predictions, accepted.
-inline void count_on(double* curve, double predicted, bool has_come) {
-    const int32_t bin = std::min(int32_t(predicted * kNumBins), kNumBins - 1);
-    curve[bin] += 1.0;
-    curve[kNumBins + bin] += predicted;
-    curve[2 * kNumBins + bin] += has_come;
-}
+constexpr double kRate = 0.15, kKept = 0.9999, kLeastSquare = 1.0;
 
 // What its drafters say of a candidate. Bit s of `sources` is set if source s proposes it; then that many log-odds.
 struct Said {
@@ -33,7 +24,7 @@ struct Said {
     }
 };
 
-// `merging._Merged`, field by field.
+// `merging._MergedWeights`, field by field.
 struct MergedSurvival {
     double *weights, *squares;  // [kNumSets, kNumWeights]
     double* curve;              // [3, kNumBins]
@@ -64,7 +55,7 @@ struct MergedSurvival {
             for (int32_t one = 0; one < kNumWeights; ++one) {
                 const double slope = gradient.of[set][one];
                 double& square = squares[set * kNumWeights + one];
-                square = kKept * square + slope * slope;
+                square = std::max(kKept * square + slope * slope, kLeastSquare);
                 weights[set * kNumWeights + one] += kRate * slope / std::sqrt(square);
             }
         }

@@ -20,7 +20,7 @@ int32_t source_of(int32_t drafter) { return std::min(drafter, int32_t(kLookup));
 
 // What the candidates of one drafter are worth at one kind of temperature: `merging.Cells`, field by field.
 struct Cells {
-    const double* survivals;   // [ranks, places, levels]: estimates
+    const double* survivals;   // [ranks, depths, levels]: estimates
     double *tried, *accepted;  // the same shape: counts since the estimates were made
     double* curve;             // [3, kNumBins]: trials, the sum of their predictions, accepted
     int64_t num_levels;
@@ -224,7 +224,7 @@ class Growth {
     }
 
     void propose(int32_t drafter, int32_t token, int32_t rank, int32_t depth, int32_t level, uint32_t bit) {
-        const int32_t row = std::min(rank, kNumRanks - 1) * kNumPlaces + place_of(depth);
+        const int32_t row = std::min(rank, kNumRanks - 1) * kNumDepths + depth_cell(depth);
         const int32_t cell = row * int32_t(cells_[drafter].num_levels) + level;
         const double survival = cells_[drafter].survivals[cell];
         slot_.proposals.push_back({token, drafter, cell, survival});
@@ -241,8 +241,8 @@ class Growth {
         return slot_.meetings.back();
     }
 
-    // At most one of several siblings comes: they compete with each other, and with no proposed token coming at all. A
-    // token that ends the output counts like any other, but is no node: what it would save, nothing comes behind it.
+    // At most one of several siblings comes: they compete with each other, and with none of them. A token that ends the
+    // output counts like any other, but is no node: verifying it saves nothing, as nothing comes behind it.
     void merge(int32_t parent, int32_t depth) {
         double most = 0.0;
         for (size_t one = first_meeting_; one < slot_.meetings.size(); ++one) {

@@ -1,4 +1,4 @@
-// How one row's token is chosen, as Python hands it over.
+// How one row's token is chosen, and what ends an output, as Python hands them over.
 #pragma once
 
 #include <algorithm>
