@@ -188,8 +188,11 @@ class ChainDrafter:
             scores = _shares(logits_BV, chosen, [one.temperature for one in draws])
             chains.scores_BD[growing, lengths] = scores
             chains.lengths_B[growing] += 1
-            growing = [one for one in growing if chains.lengths_B[one] < limits_B[one]]
-            growing = [one for one in growing if _newest(chains, one) not in _ends(contexts[one], worth)]
+            growing = [
+                one
+                for one in growing
+                if chains.lengths_B[one] < limits_B[one] and _newest(chains, one) not in _ends(contexts[one], worth)
+            ]
             if worth is not None:
                 growing = _worth_going_on(contexts, chains, paths_B, growing, worth)
             if growing:

@@ -83,7 +83,7 @@ def _check_sampling(sampling: SamplingParams, limits: Admissible) -> None:
         )
     _check_within("presence_penalty", sampling.presence_penalty, at_least=-_MAX_PENALTY, at_most=_MAX_PENALTY)
     _check_within("frequency_penalty", sampling.frequency_penalty, at_least=-_MAX_PENALTY, at_most=_MAX_PENALTY)
-    no_id = next((token for token in sampling.stop_token_ids if not 0 <= token < _ID_LIMIT), None)
+    no_id = _first_outside(sampling.stop_token_ids, _ID_LIMIT)
     if no_id is not None:
         raise RequestError(
             f"stop_token_ids has {no_id}; expected token ids, 0 <= id < {_ID_LIMIT}", param="stop_token_ids"
@@ -101,6 +101,11 @@ def _check_within(name: str, value: float, *, at_least: float, at_most: float = 
 
 
 def _check_ids(name: str, ids: Iterable[int], limits: Admissible) -> None:
-    unknown = next((token for token in ids if not 0 <= token < limits.vocab_size), None)
+    unknown = _first_outside(ids, limits.vocab_size)
     if unknown is not None:
         raise RequestError(f"{name} has token id {unknown}; the vocabulary is 0..{limits.vocab_size - 1}", param=name)
+
+
+def _first_outside(ids: Iterable[int], end: int) -> int | None:
+    """The first that is not from 0 to below `end`."""
+    return next((one for one in ids if not 0 <= one < end), None)

@@ -147,19 +147,34 @@ def test_the_error_reported_is_of_predictions_made_before() -> None:
 
 
 def follow(cost: StepCost, *, seconds_of_one_row: float) -> None:
-    """Two steps of one row took so long: one that is observed, and one that only tells the pace."""
-    cost.observe(num_rows=1, context_tokens=16, seconds=seconds_of_one_row)
+    """A step of one row, which only tells the pace, took so long."""
     costs = cost.over_nodes(num_rows=1, max_nodes=0, context_tokens=16)
     cost.keep_pace(seconds_of_one_row / costs.seconds[0], pace_share=costs.pace_shares[0])
 
 
-def test_one_interrupted_step_moves_little() -> None:
+def after_steps_of_one_second() -> StepCost:
     cost = StepCost(dense(TABLE))
     for _ in range(50):
         cost.observe(num_rows=1, context_tokens=16, seconds=1.0)
+    return cost
+
+
+def test_one_interrupted_step_moves_little() -> None:
+    cost = after_steps_of_one_second()
+    follow(cost, seconds_of_one_row=1000.0)
+    assert 1.1 < seconds(cost, 1)[0] < 1.16, "the pace a tenth, the table less"
+    for _ in range(20):
+        follow(cost, seconds_of_one_row=1.0)
+    assert seconds(cost, 1)[0] == pytest.approx(1.0, abs=0.01)
+
+
+def test_two_interrupted_steps_move_little_whichever_way_they_are_learned_from() -> None:
+    cost = after_steps_of_one_second()
+    cost.observe(num_rows=1, context_tokens=16, seconds=1000.0)
     follow(cost, seconds_of_one_row=1000.0)
     assert 1.1 < seconds(cost, 1)[0] < 1.1 * 1.1
     for _ in range(20):
+        cost.observe(num_rows=1, context_tokens=16, seconds=1.0)
         follow(cost, seconds_of_one_row=1.0)
     assert seconds(cost, 1)[0] == pytest.approx(1.0, abs=0.01)
 
