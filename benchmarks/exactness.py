@@ -144,9 +144,6 @@ class RandomTrees:
         """A random tree per context; about every second node continues what the target will say."""
         return [self._tree(context) for context in contexts]
 
-    def committed(self, slot: int, *, num_tokens: int) -> None:
-        """Nothing to do: there is no cache."""
-
     def release(self, slot: int) -> None:
         """Nothing to do: there is no cache."""
 

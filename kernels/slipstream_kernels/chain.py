@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from slipstream_kernels.address import address_of
 from slipstream_kernels.decoder import Decoder, Plan
 from slipstream_kernels.merging import Chains
-from slipstream_kernels.sampling import SampleRows, StopTokens
+from slipstream_kernels.sampling import NUM_CHOICES, SampleRows, StopTokens
 
 Int32 = NDArray[np.int32]
 Float64 = NDArray[np.float64]
@@ -67,9 +67,8 @@ def draft_chains(decoder: Decoder, first: Plan, asked: AskedChains, *, worth: Ch
     """
     num_requests, width = len(asked.slots_B), int(asked.max_tokens_B.max())
     price = (0.0, 0.0, None, None) if worth is None else (*worth[:2], *map(address_of, worth[2:]))
-    chains = Chains(
-        np.empty((num_requests, width), np.int32), np.empty((num_requests, width)), np.empty(num_requests, np.int32)
-    )
+    shape = num_requests, width, NUM_CHOICES
+    chains = Chains(np.empty(shape, np.int32), np.empty(shape), np.empty(num_requests, np.int32))
     plan = _ChainPlan(
         num_requests,
         width,

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from slipstream_kernels.address import address_of
 from slipstream_kernels.isa import instruction_set, is_available, typed
@@ -49,6 +50,15 @@ SampleRows = NDArray[np.void]
 """One `ROW` per row of logits."""
 
 _ROW = struct.Struct("<qdddiiii")
+
+_NO_TOKEN = -1
+
+
+NUM_CHOICES = 2
+"""Tokens of a row that `best_choices` names."""
+
+_NUM_COMPARED = 8
+"""Tokens of a row among which it says how sure they are."""
 
 
 class StopTokens(NamedTuple):
@@ -203,13 +213,45 @@ def device_rows(rows_X: SampleRows, device: torch.device) -> DeviceRows:
     )
 
 
+class Choices(NamedTuple):
+    """The best tokens of X rows: `token_ids_XR` int32, -1 where no token is left, and `shares_XR` float64; arrays."""
+
+    token_ids_XR: NDArray[np.int32]
+    shares_XR: NDArray[np.float64]
+
+
+def best_choices(logits_XV: Tensor, rows_X: SampleRows) -> Choices:
+    """What `choose` chooses in each row, what it would choose without that, and how sure it is of them; plain torch.
+
+    A token's share is its part of the softmax of logits + temperature x noise, among the few tokens where that is
+    largest: how sure its choice is for a model whose logits differ by some and whose noise is the same.
+    """
+    logits_XV = _without_nan(logits_XV)
+    has_top_k, has_shares = _filters_of(rows_X)
+    rows = device_rows(rows_X, logits_XV.device)
+    is_greedy_X1 = (rows.temperature == 0).unsqueeze(1)
+    perturbed_XV = _perturbed(logits_XV, rows, has_top_k=has_top_k, has_shares=has_shares)
+    best = torch.where(is_greedy_X1, _relative(logits_XV), perturbed_XV).sort(dim=-1, descending=True, stable=True)
+    values_XN = best.values[:, :_NUM_COMPARED] * torch.where(is_greedy_X1, 1.0, rows.temperature.unsqueeze(1))
+    shares_XR = values_XN.softmax(dim=-1)[:, :NUM_CHOICES]
+    ids_XR = best.indices[:, :NUM_CHOICES].where(values_XN[:, :NUM_CHOICES] > -torch.inf, _NO_TOKEN).int()
+    missing = (0, NUM_CHOICES - ids_XR.shape[1])
+    padded = (functional.pad(ids_XR, missing, value=_NO_TOKEN), functional.pad(shares_XR, missing))
+    return Choices(*(one.cpu().numpy() for one in padded))
+
+
 def choose_on_device(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, has_shares: bool) -> Tensor:
     """`choose` as operations on tensors of one device alone: no transfer, no synchronisation, shapes fixed by [X, V].
 
     `has_top_k` and `has_shares` say whether any row asks for top-k, and for top-p or min-p.
     """
     logits_XV = _without_nan(logits_XV)
-    is_greedy_X = rows.temperature == 0
+    chosen_X = _perturbed(logits_XV, rows, has_top_k=has_top_k, has_shares=has_shares).argmax(dim=-1)
+    return torch.where(rows.temperature == 0, logits_XV.argmax(dim=-1), chosen_X).int()
+
+
+def _perturbed(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, has_shares: bool) -> Tensor:
+    """What the choice is the largest of, float64 [X, V]; -inf where the filters keep nothing."""
     scaled_XV = _scaled(logits_XV, rows)
     noise_XV = gumbel_noise(
         seeds_X=rows.seed,
@@ -219,8 +261,7 @@ def choose_on_device(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, ha
         vocab_size=logits_XV.shape[1],
     )
     is_kept_XV = _is_kept(logits_XV, scaled_XV, rows, has_top_k=has_top_k, has_shares=has_shares)
-    chosen_X = torch.where(is_kept_XV, scaled_XV + noise_XV, -torch.inf).argmax(dim=-1)
-    return torch.where(is_greedy_X, logits_XV.argmax(dim=-1), chosen_X).int()
+    return torch.where(is_kept_XV, scaled_XV + noise_XV, -torch.inf)
 
 
 def probabilities(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:

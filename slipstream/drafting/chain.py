@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from slipstream.drafting.drafter import DraftContext
 from slipstream.drafting.survival import Float64, survival_in_chain
@@ -16,22 +13,22 @@ from slipstream.engine.blocks import blocks_for
 from slipstream.engine.decoders import open_decoder
 from slipstream.engine.native_decoder import NativeDecoder
 from slipstream.engine.plan import NO_NODE, Int32, StepPlan
-from slipstream.engine.sampling import draft_rows, draft_tokens
+from slipstream.engine.sampling import row_of, shared_row
 from slipstream.models.checkpoint import Checkpoint
 from slipstream_kernels.chain import AskedChains, ChainWorth, draft_chains
 from slipstream_kernels.merging import Chains
-from slipstream_kernels.sampling import stop_tokens
+from slipstream_kernels.sampling import NUM_CHOICES, best_choices, sample_rows, stop_tokens
 
 
 class ChainDrafter:
     """Proposes chains from one draft version; keeps a K/V cache in step with what the target commits.
 
-    Each slot owns a fixed run of blocks. Candidates are computed in place, as what they are if they are accepted: a
-    wrong one is overwritten by the token that stands there instead. A new drafter knows nothing of running requests:
-    it catches up with their tokens, at most `max_catch_up_tokens` a call, and proposes nothing for a request until it
-    has. With a `window` it reads no more than so many tokens of a text it has fallen behind with by more, and begins
-    anew with these. `was_level` says whether the last draft had nothing to catch up with but what the last pass
-    accepted.
+    Each slot owns a fixed run of blocks. Candidates are computed in place, as what they are if they are accepted: from
+    the first one on that did not come, they are overwritten by the tokens that stand there instead. A new drafter knows
+    nothing of running requests: it catches up with their tokens, at most `max_catch_up_tokens` a call, and proposes
+    nothing for a request until it has. With a `window` it reads no more than so many tokens of a text it has fallen
+    behind with by more, and begins anew with these. `was_level` says whether the last draft had nothing to catch up
+    with but what the last pass accepted.
     """
 
     def __init__(
@@ -54,6 +51,8 @@ class ChainDrafter:
         # The cache of a slot holds tokens [base, num_cached) of its text, at positions from 0 on.
         self._bases = [0] * num_slots
         self._num_cached = [0] * num_slots
+        # What was drafted last, and how long its text was then: these tokens are cached, and need not be what came.
+        self._drafted: list[tuple[int, list[int]]] = [(0, [])] * num_slots
         self.was_level = False
         blocks_per_slot = blocks_for(self._max_positions)
         num_blocks = num_slots * blocks_per_slot
@@ -70,6 +69,7 @@ class ChainDrafter:
     def release(self, slot: int) -> None:
         """Forget what the slot held."""
         self._num_cached[slot] = self._bases[slot] = 0
+        self._drafted[slot] = 0, []
 
     def warm(self) -> None:
         """Run once, so that the first real step pays no first-call cost."""
@@ -78,19 +78,21 @@ class ChainDrafter:
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
         """One chain per context, in order, as long as it may be; NO_DRAFT where none is possible yet."""
         max_tokens = max((one.max_nodes for one in contexts), default=0)
-        token_ids_BD, _, lengths_B = self.draft(contexts, max_tokens=max_tokens)
+        token_ids_BDR, _, lengths_B = self.draft(contexts, max_tokens=max_tokens)
         return [
             chain_tree(ids[:length], drafter="chain", version=self.version) if length else NO_DRAFT
-            for ids, length in zip(token_ids_BD.tolist(), lengths_B.tolist(), strict=True)
+            for ids, length in zip(token_ids_BDR[:, :, 0].tolist(), lengths_B.tolist(), strict=True)
         ]
 
     def draft(self, contexts: Sequence[DraftContext], *, max_tokens: int, worth: ChainWorth | None = None) -> Chains:
         """A chain per context, in order, of length 0 where none is possible yet.
 
         If it is asked whether going on is `worth` it, a chain ends where it is not, and with a token that ends its
-        request's output.
+        request's output, and it is drawn with the filters of its request. The gate replays chains of fixed length
+        (0002), which know of neither.
         """
         for context in contexts:
+            self._keep_what_came(context)
             self._begin_anew_if_far_behind(context, max_tokens)
         limits = [
             min(
@@ -110,18 +112,26 @@ class ChainDrafter:
         chains = self._draft_level(
             [contexts[index] for index in level], [limits[index] for index in level], plan, worth
         )
-        for index, length in zip(level, chains.lengths_B.tolist(), strict=True):
+        ids_BD = chains.token_ids_BDR[:, :, 0].tolist()
+        for index, ids, length in zip(level, ids_BD, chains.lengths_B.tolist(), strict=True):
             # The last token drafted is not computed.
-            self._num_cached[contexts[index].slot] += length - 1
+            self._drafted[contexts[index].slot] = len(contexts[index].token_ids), ids[: length - 1]
         if len(level) == len(contexts):
             return chains
-        whole = no_chains(len(contexts), width=chains.token_ids_BD.shape[1])
-        whole.token_ids_BD[level], whole.scores_BD[level], whole.lengths_B[level] = chains
+        whole = no_chains(len(contexts), width=chains.token_ids_BDR.shape[1])
+        whole.token_ids_BDR[level], whole.scores_BDR[level], whole.lengths_B[level] = chains
         return whole
 
-    def committed(self, slot: int, *, num_tokens: int) -> None:
-        """The sequence now has `num_tokens` tokens, all but the last equal to what was computed: drop the rest."""
-        self._num_cached[slot] = min(self._num_cached[slot], num_tokens - 1)
+    def _keep_what_came(self, context: DraftContext) -> None:
+        """Of what was drafted last, what became text stays cached; never a text's last token: its logits are wanted."""
+        slot, token_ids = context.slot, context.token_ids
+        first, drafted = self._drafted[slot]
+        if drafted:
+            came = token_ids[first : first + len(drafted)]
+            is_right = [token == guess for token, guess in zip(came, drafted, strict=False)]
+            self._num_cached[slot] = first + (is_right.index(False) if False in is_right else len(came))
+            self._drafted[slot] = 0, []
+        self._num_cached[slot] = min(self._num_cached[slot], len(token_ids) - 1)
 
     def _begin_anew_if_far_behind(self, context: DraftContext, max_tokens: int) -> None:
         slot, num_tokens = context.slot, len(context.token_ids)
@@ -153,7 +163,8 @@ class ChainDrafter:
     def _draft_level(
         self, contexts: Sequence[DraftContext], limits: Sequence[int], first: StepPlan, worth: ChainWorth | None
     ) -> Chains:
-        draws_B = draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts])
+        positions = [len(one.token_ids) for one in contexts]
+        draws_B = sample_rows([_draw(one, worth) for one in contexts], positions)
         slots = [one.slot for one in contexts]
         limits_B = np.array(limits, np.int32)
         if isinstance(self._decoder, NativeDecoder):
@@ -182,11 +193,10 @@ class ChainDrafter:
             lengths = chains.lengths_B[growing]
             positions = [len(contexts[index].token_ids) + int(chains.lengths_B[index]) for index in growing]
             logits_BV = self._decoder.forward(plan).logits_XV
-            draws = [contexts[index].sampling for index in growing]
-            chosen = draft_tokens(logits_BV, draws, positions)
-            chains.token_ids_BD[growing, lengths] = chosen.cpu().numpy()
-            scores = _shares(logits_BV, chosen, [one.temperature for one in draws])
-            chains.scores_BD[growing, lengths] = scores
+            draws = [_draw(contexts[index], worth) for index in growing]
+            choices = best_choices(logits_BV, sample_rows(draws, positions))
+            chains.token_ids_BDR[growing, lengths] = choices.token_ids_XR
+            chains.scores_BDR[growing, lengths] = choices.shares_XR
             chains.lengths_B[growing] += 1
             growing = [
                 one
@@ -223,11 +233,17 @@ class ChainDrafter:
 
 def no_chains(number: int, *, width: int = 1) -> Chains:
     """So many chains of length 0, with room for `width` tokens each."""
-    return Chains(np.zeros((number, width), np.int32), np.zeros((number, width)), np.zeros(number, np.int32))
+    shape = number, width, NUM_CHOICES
+    return Chains(np.zeros(shape, np.int32), np.zeros(shape), np.zeros(number, np.int32))
 
 
 def _newest(chains: Chains, row: int) -> int:
-    return int(chains.token_ids_BD[row, chains.lengths_B[row] - 1])
+    return int(chains.token_ids_BDR[row, chains.lengths_B[row] - 1, 0])
+
+
+def _draw(context: DraftContext, worth: ChainWorth | None) -> bytes:
+    """How a context's tokens are drawn: as the target's own are, but chains of fixed length without its filters."""
+    return row_of(context.sampling) if worth is not None else shared_row(context.sampling)
 
 
 def _ends(context: DraftContext, worth: ChainWorth | None) -> tuple[int, ...]:
@@ -246,22 +262,12 @@ def _worth_going_on(
     for one in growing:
         depth = int(chains.lengths_B[one])
         estimates_SL = worth.sampled if contexts[one].sampling.temperature else worth.greedy
-        score = float(chains.scores_BD[one, depth - 1])
+        score = float(chains.scores_BDR[one, depth - 1, 0])
         paths_B[one] *= survival_in_chain(estimates_SL, depth=depth, score=score)
         next_paths[one] = float(paths_B[one]) * float(paths_B[one]) ** (1.0 / depth)
     left = [one for one in growing if next_paths[one] >= worth.min_survival]
     promised = sum(next_paths[one] - worth.min_survival for one in left)
     return left if promised >= worth.pass_tokens else []
-
-
-def _shares(logits_BV: Tensor, token_ids_B: Tensor, temperatures: Sequence[float]) -> NDArray[np.float64]:
-    """What the softmax at each row's temperature (at 0: at 1) gives its token."""
-    divisors_B1 = torch.tensor([one or 1.0 for one in temperatures], device=logits_BV.device).unsqueeze(1)
-    logprobs_BV = (logits_BV.float() / divisors_B1).log_softmax(-1)
-    shares: NDArray[np.float64] = (
-        logprobs_BV.gather(1, token_ids_B.long().unsqueeze(1)).exp().squeeze(1).double().cpu().numpy()
-    )
-    return shares
 
 
 _NO_ANCESTORS: Int32 = np.zeros(0, dtype=np.int32)

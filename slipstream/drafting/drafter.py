@@ -87,10 +87,10 @@ class Drafter(Protocol):
         """Their digest."""
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
-        """One tree per context, in order; NO_DRAFT where it has nothing to propose."""
+        """One tree per context, in order; NO_DRAFT where it has nothing to propose.
 
-    def committed(self, slot: int, *, num_tokens: int) -> None:
-        """The sequence in this slot now has `num_tokens` tokens, and what was proposed beyond them was wrong."""
+        What became of the last trees shows in the tokens of the contexts.
+        """
 
     def release(self, slot: int) -> None:
         """The sequence in this slot has left; another one may take the slot."""

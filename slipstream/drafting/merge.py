@@ -39,7 +39,7 @@ Source = Literal["chain", "recycling", "lookup", "pool"]
 
 ALL_SOURCES: tuple[Source, ...] = ("chain", "recycling", "lookup", "pool")
 
-_WINDOW_TRIALS = {"chain": 3_000, "lookup": 3_000, "pool": 3_000, "recycling": 24_000}
+_WINDOW_TRIALS = {"chain": 6_000, "lookup": 3_000, "pool": 3_000, "recycling": 24_000}
 _MATCHING = ("lookup", "pool")
 
 CATCH_UP_WINDOW = 64
@@ -211,11 +211,6 @@ class MergedDrafter:
             if request.output_ids is not None:
                 self._ended(request, request.output_ids)
 
-    def committed(self, slot: int, *, num_tokens: int) -> None:
-        """Draft models drop what was proposed beyond these tokens."""
-        for chain in self._chains.values():
-            chain.committed(slot, num_tokens=num_tokens)
-
     def release(self, slot: int) -> None:
         """The sequence in this slot has left."""
         self._merger.release(slot)
@@ -257,9 +252,9 @@ class MergedDrafter:
                 key = len(rows).bit_length()
                 self._pass_s[key] = _towards(spent_s / int(drafted.lengths_B.max()), self._pass_s.get(key))
             self._was_level &= drafter.was_level
-            drafted_width = drafted.token_ids_BD.shape[1]
-            chains.token_ids_BD[rows, :drafted_width] = drafted.token_ids_BD
-            chains.scores_BD[rows, :drafted_width] = drafted.scores_BD
+            drafted_width = drafted.token_ids_BDR.shape[1]
+            chains.token_ids_BDR[rows, :drafted_width] = drafted.token_ids_BDR
+            chains.scores_BDR[rows, :drafted_width] = drafted.scores_BDR
             chains.lengths_B[rows] = drafted.lengths_B
             for row in rows:
                 versions[row] = drafter.version

@@ -136,9 +136,6 @@ class RecyclingDrafter:
         with self._lock:
             remember_logits(self._to_write(tenant), token_ids_T, logits_TV)
 
-    def committed(self, slot: int, *, num_tokens: int) -> None:
-        """Nothing is kept of a sequence."""
-
     def release(self, slot: int) -> None:
         """Nothing is kept of a sequence."""
 

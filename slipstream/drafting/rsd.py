@@ -127,9 +127,6 @@ class RsdDrafter:
         self._last_pass[slot] = -1
         self._cache.release(slot)
 
-    def committed(self, slot: int, *, num_tokens: int) -> None:
-        """Nothing to do: the next proposal sees which nodes became text."""
-
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
         """One tree per context, in order; NO_DRAFT where there is no room or the text is not computed yet."""
         growing = [GrowingTree(one, self._num_levels(one)) for one in contexts]

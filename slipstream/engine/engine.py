@@ -310,8 +310,6 @@ class Engine:
                 sequence.num_computed += sequence.num_step_tokens
         for one in passes:
             one.kept_ids = one.sequence.commit(one.token_ids, one.tree)
-            if self._drafter is not None:
-                self._drafter.committed(one.sequence.slot, num_tokens=len(one.sequence.token_ids))
         for sequence in working:
             self._scheduler.publish(sequence)
 

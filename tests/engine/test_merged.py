@@ -25,12 +25,18 @@ from slipstream.errors import ArtifactRejected
 from slipstream.models.checkpoint import Checkpoint
 from slipstream.telemetry import ReplicaMetrics
 from slipstream_kernels.chain import ChainWorth
+from slipstream_kernels.merging import Chains
 
 Prompts = list[tuple[int, ...]]
 
 pytestmark = pytest.mark.usefixtures("exact_kernels")
 
 SIZES = msgspec.structs.replace(LIMITS, num_draft_tokens=8)
+
+SAMPLINGS = [
+    SamplingParams(seed=3, max_tokens=20, temperature=temperature, **filters)  # type: ignore[arg-type]
+    for temperature, filters in ((0.0, {}), (1.0, {}), (0.7, {"top_p": 0.8}), (1.5, {"top_k": 20, "min_p": 0.01}))
+]
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.6, 1.0], ids=["greedy", "cooled", "sampled"])
@@ -267,12 +273,10 @@ def test_a_draft_that_fell_behind_reads_a_window_and_drafts_what_it_would_have_d
         for tokens in (text, text[-40:])
     )
     assert (
-        in_window.draft([behind], max_tokens=5).token_ids_BD.tolist()
-        == fresh.draft([short], max_tokens=5).token_ids_BD.tolist()
+        in_window.draft([behind], max_tokens=5).token_ids_BDR.tolist()
+        == fresh.draft([short], max_tokens=5).token_ids_BDR.tolist()
     )
     assert not in_window.was_level
-    in_window.committed(0, num_tokens=len(text))
-    fresh.committed(0, num_tokens=40)
     again = [*text, 5, 7], [*text[-40:], 5, 7]
     behind, short = (
         msgspec.structs.replace(one, token_ids=tokens) for one, tokens in zip((behind, short), again, strict=True)
@@ -281,31 +285,57 @@ def test_a_draft_that_fell_behind_reads_a_window_and_drafts_what_it_would_have_d
     assert in_window.was_level
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_chains_that_are_not_worth_a_pass_end_alike_in_one_call_and_token_by_token(
-    sibling: Checkpoint, prompts: Prompts, temperature: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_draft_goes_on_as_if_it_had_read_the_text_where_another_token_came(
+    sibling: Checkpoint, prompts: Prompts, sampling: SamplingParams
 ) -> None:
-    sampling = SamplingParams(seed=3, max_tokens=20, temperature=temperature)
+    drafter, fresh = _chains(sibling, None), _chains(sibling, None)
+    context = DraftContext(0, prompts[0], sampling, 6, 6)
+    drafted = list(drafter.propose([context])[0].token_ids)
+    for came in ([*drafted[:2], drafted[2] ^ 1, *drafted[3:5]], [*drafted[:2], drafted[2] ^ 1], drafted[:2], drafted):
+        context = msgspec.structs.replace(context, token_ids=[*context.token_ids, *came])
+        [tree] = drafter.propose([context])
+        assert tree == fresh.propose([context])[0]
+        fresh.release(0)
+        drafted = list(tree.token_ids)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_chains_that_are_not_worth_a_pass_end_alike_in_one_call_and_token_by_token(
+    sibling: Checkpoint, prompts: Prompts, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
     contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(3)]
     estimates = np.random.default_rng(1).random((2, 8, 12)) ** 0.2
     bars = ((0.0, 0.0), (0.7, 0.0), (0.2, 1.1), (0.0, 9.0))
     worths = [ChainWorth(min_survival, pass_tokens, *estimates) for min_survival, pass_tokens in bars]
 
-    def drafted() -> list[tuple[list[int], list[list[int]]]]:
-        chains = [_chains(sibling, None).draft(contexts, max_tokens=6, worth=worth) for worth in worths]
-        return [
-            (one.lengths_B.tolist(), [ids[:n] for ids, n in zip(one.token_ids_BD.tolist(), one.lengths_B, strict=True)])
-            for one in chains
-        ]
+    def drafted() -> list[Chains]:
+        return [_chains(sibling, None).draft(contexts, max_tokens=6, worth=worth) for worth in worths]
 
     at_once = drafted()
     monkeypatch.setattr("slipstream.drafting.chain.NativeDecoder", type("NoDecoder", (), {}))
-    assert drafted() == at_once
-    lengths = [lengths for lengths, _ in at_once]
+    for one, other in zip(at_once, drafted(), strict=True):
+        assert one.lengths_B.tolist() == other.lengths_B.tolist()
+        for row, length in enumerate(one.lengths_B):
+            assert one.token_ids_BDR[row, :length].tolist() == other.token_ids_BDR[row, :length].tolist()
+            np.testing.assert_allclose(one.scores_BDR[row, :length], other.scores_BDR[row, :length], rtol=1e-9)
+    lengths = [one.lengths_B.tolist() for one in at_once]
     assert lengths[0] == [6, 6, 6]
     assert min(lengths[1]) < max(lengths[1]), "each by what its own tokens survive"
     assert 1 < min(lengths[2]) == max(lengths[2]) < 6, "all together by what a pass costs"
     assert lengths[3] == [1, 1, 1]
+
+
+def test_a_chain_is_drawn_with_the_filters_of_its_request(sibling: Checkpoint, prompts: Prompts) -> None:
+    worth = ChainWorth(0.0, 0.0, *np.ones((2, 8, 12)))
+    greedy, filtered = (
+        SamplingParams(seed=3, max_tokens=20, temperature=temperature, top_k=1) for temperature in (0.0, 5.0)
+    )
+    contexts = [DraftContext(slot, prompts[0], one, 6, 6) for slot, one in enumerate((greedy, filtered))]
+    chains = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth)
+    assert chains.token_ids_BDR[0, :, 0].tolist() == chains.token_ids_BDR[1, :, 0].tolist()
+    assert (chains.token_ids_BDR[1, :, 1] == -1).all()
+    assert (chains.scores_BDR[1] == [1.0, 0.0]).all()
 
 
 @pytest.mark.parametrize("is_at_once", [True, False])
@@ -317,12 +347,12 @@ def test_a_chain_ends_with_the_token_that_ends_the_output(
     sampling = SamplingParams(seed=3, max_tokens=20)
     contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(3)]
     worth = ChainWorth(0.0, 0.0, *np.ones((2, 8, 12)))
-    whole = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth).token_ids_BD.tolist()
+    whole = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth).token_ids_BDR[:, :, 0].tolist()
     stopping = msgspec.structs.replace(sampling, stop_token_ids=(4095, whole[1][2]))
     contexts[1] = msgspec.structs.replace(contexts[1], sampling=stopping)
     ended = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth)
     assert ended.lengths_B.tolist() == [6, 1 + whole[1].index(whole[1][2]), 6]
-    for ids, like, length in zip(ended.token_ids_BD.tolist(), whole, ended.lengths_B.tolist(), strict=True):
+    for ids, like, length in zip(ended.token_ids_BDR[:, :, 0].tolist(), whole, ended.lengths_B.tolist(), strict=True):
         assert ids[:length] == like[:length]
     of_fixed_length = _chains(sibling, None).propose(contexts)
     assert [len(tree.token_ids) for tree in of_fixed_length] == [6, 6, 6], "as the gate's replay has them"

@@ -93,8 +93,5 @@ class TreeDrafter:
             trees.append(DraftTree(token_ids=tokens, parents=parents, drafter="test", version=self.version))
         return trees
 
-    def committed(self, slot: int, *, num_tokens: int) -> None:
-        pass
-
     def release(self, slot: int) -> None:
         pass

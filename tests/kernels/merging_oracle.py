@@ -54,10 +54,10 @@ class Node(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What one tree is grown from."""
+    """What one tree is grown from; a place of the chain holds its choices, best first."""
 
     root: int
-    chain: Sequence[tuple[int, float]]
+    chain: Sequence[Sequence[tuple[int, float]]]
     continued: Sequence[Continued]
     matrix: Adjacency | None
     draw: Any
@@ -86,10 +86,10 @@ def proposals(request: Request, path: tuple[int, ...]) -> list[Proposed]:
     """All candidates behind a path, drafter by drafter."""
     depth = len(path)
     found: list[Proposed] = []
-    drafted = tuple(token for token, _ in request.chain)
+    drafted = tuple(choices[0][0] for choices in request.chain)
     if depth < len(drafted) and drafted[:depth] == path:
-        token, score = request.chain[depth]
-        found.append(Proposed("chain", token, 0, depth + 1, score, 0))
+        for rank, (token, score) in enumerate(request.chain[depth]):
+            found.append(Proposed("chain", token, rank, depth + 1, score, 0))
     for drafter in MATCHING:
         seen: list[int] = []
         for one in request.continued:

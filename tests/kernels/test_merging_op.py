@@ -14,7 +14,7 @@ from slipstream.drafting.survival import SurvivalModel
 from slipstream_kernels.lookup import OutputPool
 from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Estimates, Merged, Merger, Price
 from slipstream_kernels.recycling import DEFAULT_RULE
-from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows, stop_tokens
+from slipstream_kernels.sampling import NUM_CHOICES, SampleRows, row_bytes, sample_rows, stop_tokens
 from tests.kernels.merging_oracle import MATCHING, Continued, Models, Request, grown, meetings, proposals, survival_of
 from tests.unit.lookup_oracle import SuffixAutomaton
 
@@ -75,11 +75,14 @@ class World:
         )
         self.texts = [rng.integers(0, 4, 60).tolist() for _ in range(NUM_REQUESTS)]
         self.draws = self._draws(temperature)
-        self.chains = [
-            list(zip(rng.integers(0, VOCAB, number).tolist(), rng.random(number).tolist(), strict=True))
-            for number in (3, 0, 4)
-        ]
+        self.chains = [[self._choices() for _ in range(number)] for number in (3, 0, 4)]
         self.limits = [(max_nodes, max_depth), (4, max_depth), (max_nodes, 2)]
+
+    def _choices(self) -> list[tuple[int, float]]:
+        """One or two different tokens for a place of a chain, and how sure a draft is of them."""
+        ids, scores = self.rng.permutation(VOCAB), self.rng.random(2)
+        number = 1 + int(self.rng.integers(2))
+        return list(zip(ids[:number].tolist(), scores[:number].tolist(), strict=True))
 
     def _draws(self, temperature: float) -> SampleRows:
         rows = [row_bytes(seed=7 + request, temperature=temperature) for request in range(NUM_REQUESTS)]
@@ -87,13 +90,14 @@ class World:
 
     def asked(self, *, num_known: int = 0) -> Asked:
         """All requests, their texts new behind `num_known` tokens."""
-        chains = Chains(
-            np.zeros((NUM_REQUESTS, 4), np.int32), np.zeros((NUM_REQUESTS, 4)), np.zeros(NUM_REQUESTS, np.int32)
-        )
+        shape = NUM_REQUESTS, 4, NUM_CHOICES
+        chains = Chains(np.full(shape, -1, np.int32), np.zeros(shape), np.zeros(NUM_REQUESTS, np.int32))
         for request, chain in enumerate(self.chains):
             chains.lengths_B[request] = len(chain)
-            for place, (token, score) in enumerate(chain):
-                chains.token_ids_BD[request, place], chains.scores_BD[request, place] = token, score
+            for place, choices in enumerate(chain):
+                for rank, (token, score) in enumerate(choices):
+                    chains.token_ids_BDR[request, place, rank] = token
+                    chains.scores_BDR[request, place, rank] = score
         lines = [(0, text[-1], *limits) for text, limits in zip(self.texts, self.limits, strict=True)]
         return Asked(
             np.arange(NUM_REQUESTS, dtype=np.int32),
@@ -254,7 +258,7 @@ def test_what_candidates_survive_together_is_learned_as_its_definition_says(isa:
 
 def test_a_token_that_ends_the_output_is_judged_but_is_no_node(isa: str) -> None:
     world = World(5, temperature=0.0)
-    world.chains = [[(5, 0.99), (6, 0.99)], [(5, 0.99), (6, 0.99)], []]
+    world.chains = [[[(5, 0.99)], [(6, 0.99)]], [[(5, 0.99)], [(6, 0.99)]], []]
     world.models.alone.cells("chain").said[:] = 0.99
     world.models.together.weights[:] = MergedSurvival().weights
     everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
@@ -338,7 +342,7 @@ def test_two_look_ups_that_find_one_token_are_one_source_and_the_surer_one_count
 
 def test_a_request_that_can_only_end_gets_no_tree_and_is_judged(isa: str) -> None:
     world = World(9, temperature=0.0)
-    world.chains = [[(5, 0.9)], [], []]
+    world.chains = [[[(5, 0.9)]], [], []]
     world.texts = [[1, 2, 3]] * NUM_REQUESTS
     asked = world.asked()
     asked.limits_B4[:, 0] = -1

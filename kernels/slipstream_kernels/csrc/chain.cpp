@@ -18,8 +18,8 @@ struct ChainPlan {
     const int32_t* bases;    // where each request's cached text begins: positions of the cache count from there
     const SampleRow* draws;  // at the position of each request's first drafted token
     StopTokens stops;
-    int32_t* tokens;         // out [B, width]
-    double* scores;          // out [B, width]: what the draft's softmax gives each token
+    int32_t* tokens;         // out [B, width, kNumChoices]: the chain's token, then what might stand in its place
+    double* scores;          // out [B, width, kNumChoices]: how sure the draft is of each
     int32_t* lengths;        // out [B]
     double min_survival;     // a chain whose next token would survive less often is not continued
     double pass_tokens;      // what a pass costs, in tokens: none is made that promises less above min_survival
@@ -89,10 +89,10 @@ void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, fl
             const float* const own = logits + int64_t(row) * vocab_size;
             SampleRow draw = chain.draws[request];
             draw.position += length;
-            const int32_t token = choose_one(own, vocab_size, draw);
-            const double score = share_of(own, vocab_size, draw.temperature, token);
-            chain.tokens[int64_t(request) * chain.width + length] = token;
-            chain.scores[int64_t(request) * chain.width + length] = score;
+            const int64_t place = (int64_t(request) * chain.width + length) * kNumChoices;
+            best_choices(own, vocab_size, draw, chain.tokens + place, chain.scores + place);
+            const int32_t token = chain.tokens[place];
+            const double score = chain.scores[place];
             chain.lengths[request] = length + 1;
             double& path = paths[size_t(request)];
             path *= survival_of(chain, draw.temperature, length + 1, score);

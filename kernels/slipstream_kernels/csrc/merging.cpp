@@ -8,6 +8,7 @@
 #include "lookup.h"
 #include "merged_survival.h"
 #include "recycling.h"
+#include "sampling.h"
 #include "survival.h"
 
 namespace SLIPSTREAM_ISA {
@@ -99,7 +100,7 @@ struct Plan {
     const int32_t* limits;  // [B, 4]: matrix (-1: none), root, nodes, depth
     const uint64_t* scopes;
     const int32_t *new_tokens, *new_ends;
-    const int32_t *chain_tokens, *chain_lengths;  // [B, chain_width], [B]
+    const int32_t *chain_tokens, *chain_lengths;  // [B, chain_width, kNumChoices], [B]
     const double* chain_scores;
     const void* const* matrix_ids;
     const uint16_t* const* matrix_logprobs;
@@ -131,8 +132,9 @@ class Growth {
           stops_(plan.stops),
           cells_(plan.cells + (plan.draws[request].temperature != 0.0 ? kNumDrafters : 0)),
           merged_(plan.merged[plan.draws[request].temperature != 0.0]),
-          chain_{plan.chain_tokens + int64_t(request) * plan.chain_width, plan.chain_lengths[request], false, 0},
-          chain_scores_(plan.chain_scores + int64_t(request) * plan.chain_width),
+          chain_tokens_(plan.chain_tokens + int64_t(request) * plan.chain_width * kNumChoices),
+          chain_scores_(plan.chain_scores + int64_t(request) * plan.chain_width * kNumChoices),
+          chain_length_(plan.chain_lengths[request]),
           min_survival_(plan.min_survival),
           has_matrix_(limits_[0] >= 0),
           matrix_(has_matrix_ ? Matrix{plan.matrix_ids[limits_[0]], plan.matrix_logprobs[limits_[0]], plan.id_bytes,
@@ -174,14 +176,20 @@ class Growth {
         const int32_t depth = node.depth + 1;
         first_proposal_ = slot_.proposals.size();
         first_meeting_ = slot_.meetings.size();
-        if ((node.agreeing & 1) && node.depth < chain_.num_tokens) {
-            propose(kChain, chain_.tokens[node.depth], 0, depth, score_level(chain_scores_[node.depth]), 1);
-        }
+        if ((node.agreeing & 1) && node.depth < chain_length_) follow_chain(node.depth, depth);
         look_up(node, depth);
         if (has_matrix_) recycle(node, depth);
         merge(index, depth);
         slot_.nodes[size_t(index)].proposals = {int32_t(first_proposal_), int32_t(slot_.proposals.size())};
         slot_.nodes[size_t(index)].meetings = {int32_t(first_meeting_), int32_t(slot_.meetings.size())};
+    }
+
+    // The chain's own token and what might stand in its place, behind which the chain does not go on.
+    void follow_chain(int32_t place, int32_t depth) {
+        for (int32_t rank = 0; rank < kNumChoices; ++rank) {
+            const int32_t at = place * kNumChoices + rank, token = chain_tokens_[at];
+            if (token >= 0) propose(kChain, token, rank, depth, score_level(chain_scores_[at]), rank == 0);
+        }
     }
 
     void look_up(const Node& node, int32_t depth) {
@@ -279,8 +287,9 @@ class Growth {
     const StopTokens stops_;
     const Cells* const cells_;
     const MergedSurvival& merged_;
-    const Continuation chain_;
+    const int32_t* const chain_tokens_;
     const double* const chain_scores_;
+    const int32_t chain_length_;
     const double min_survival_;
     const bool has_matrix_;
     const Matrix matrix_;

@@ -121,7 +121,12 @@ NoiseKey key_of(const SampleRow& how) {
     return noise_key(uint64_t(how.seed), uint32_t(how.sample_index), uint32_t(how.redraw), uint32_t(how.position));
 }
 
-// The search for the largest score x + G. A score is computed only where a cheap bound says that it could win.
+struct Scored {
+    int32_t token = -1;
+    double score = -INFINITY;
+};
+
+// The search for the largest scores x + G. A score is computed only where a cheap bound says that it could win.
 //
 // The bound. Let b be the random bits, c = 2^32 - 1 - b their complement and u = (b + 1/2) / 2^32. From
 // -log u >= 1 - u follows G = -log(-log u) <= -log(1 - u) = ln 2 (32 - log2(c + 1/2)), and c + 1/2 >= 2 y with
@@ -129,6 +134,7 @@ NoiseKey key_of(const SampleRow& how) {
 // they are a chord of the concave log2. So G <= ln 2 (158 - bits / 2^23), and never more than 33 ln 2. Scaled
 // logits are bounded from above by a slope a little too flat (they are at most 0); kSlack covers every other rounding
 // in single precision.
+template <int kNumBest>
 class Search {
    public:
     Search(const Row& row, const SampleRow& how)
@@ -137,10 +143,16 @@ class Search {
           slope_(float(std::min((1.0 - 1e-6) / how.temperature, double(FLT_MAX)))),
           key_(key_of(how)) {}
 
-    int64_t run() {
-        best_ = first_of(row_.logits, row_.num_tokens, largest_of(row_.logits, row_.num_tokens));
-        best_score_ = score(best_, random_bits(key_, best_));
-        set_threshold();
+    // The tokens with the largest scores, best first, equals by lowest id; of fewer, the others are -1.
+    const Scored* run() {
+        int32_t likeliest[kNumBest];
+        const int64_t number = std::min<int64_t>(kNumBest, row_.num_tokens);
+        if (kNumBest == 1) {
+            likeliest[0] = int32_t(first_of(row_.logits, row_.num_tokens, largest_of(row_.logits, row_.num_tokens)));
+        } else {
+            best_ids(row_, number, likeliest);
+        }
+        for (int64_t one = 0; one < number; ++one) consider(likeliest[one], random_bits(key_, likeliest[one]));
         for (int64_t first = 0; first < row_.num_tokens; first += kBlockTokens) search_block(first);
         return best_;
     }
@@ -152,8 +164,6 @@ class Search {
     double score(int64_t token, uint32_t bits) const {
         return (double(row_.logits[token]) - double(row_.largest)) / temperature_ + gumbel(bits);
     }
-
-    void set_threshold() { threshold_ = splat(float(best_score_ - kSlack)); }
 
     Floats bounds_of_scaled(Floats logits) const { return max(logits - row_.largest, splat(-FLT_MAX)) * slope_; }
 
@@ -187,36 +197,56 @@ class Search {
     }
 
     void consider(int64_t token, uint32_t bits) {
-        const double score_here = score(token, bits);
-        if (score_here > best_score_ || (score_here == best_score_ && token < best_)) {
-            best_ = token;
-            best_score_ = score_here;
-            set_threshold();
+        Scored next{int32_t(token), score(token, bits)};
+        if (!(next.score > -INFINITY)) return;
+        for (Scored& one : best_) {
+            if (one.token == next.token) return;
+            if (next.score > one.score || (next.score == one.score && next.token < one.token)) std::swap(one, next);
         }
+        threshold_ = splat(float(best_[kNumBest - 1].score - kSlack));
     }
 
     const Row row_;
     const double temperature_;
     const float slope_;
     const NoiseKey key_;
-    int64_t best_ = 0;
-    double best_score_ = 0.0;
-    Floats threshold_ = {};
+    Scored best_[kNumBest];
+    Floats threshold_ = splat(-kInfinity);
 };
+
+bool is_filtered(const SampleRow& how) { return how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0; }
 
 }  // namespace
 
 int32_t choose_one(const float* logits, int64_t num_tokens, const SampleRow& how) {
     const Row row = finite_row(logits, num_tokens);
     if (how.temperature == 0.0) return int32_t(first_of(row.logits, num_tokens, row.largest));
-    const bool is_filtered = how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0;
-    return int32_t(Search(is_filtered ? filtered(row, how) : row, how).run());
+    return Search<1>(is_filtered(how) ? filtered(row, how) : row, how).run()[0].token;
 }
 
-double share_of(const float* logits, int64_t num_tokens, double temperature, int32_t token) {
+void best_choices(const float* logits, int64_t num_tokens, const SampleRow& how, int32_t* tokens, double* shares) {
+    constexpr int kNumCompared = 8;
     const Row row = finite_row(logits, num_tokens);
-    const float inverse = temperature == 0.0 ? 1.0f : float(1.0 / temperature);
-    return std::exp((row.logits[token] - row.largest) * inverse) / sum_of_exponentials(row, inverse);
+    Scored best[kNumCompared];
+    if (how.temperature == 0.0) {
+        int32_t likeliest[kNumCompared];
+        const int64_t number = std::min<int64_t>(kNumCompared, num_tokens);
+        best_ids(row, number, likeliest);
+        for (int64_t rank = 0; rank < number; ++rank) {
+            if (row.logits[likeliest[rank]] > -kInfinity) best[rank] = {likeliest[rank], row.logits[likeliest[rank]]};
+        }
+    } else {
+        Search<kNumCompared> search(is_filtered(how) ? filtered(row, how) : row, how);
+        std::copy_n(search.run(), kNumCompared, best);
+    }
+    const double scale = how.temperature == 0.0 ? 1.0 : how.temperature;
+    const auto weight = [&](const Scored& one) { return std::exp((one.score - best[0].score) * scale); };
+    double sum = 0.0;
+    for (const Scored& one : best) sum += weight(one);
+    for (int rank = 0; rank < kNumChoices; ++rank) {
+        tokens[rank] = best[rank].token;
+        shares[rank] = weight(best[rank]) / sum;
+    }
 }
 
 namespace {

@@ -10,7 +10,9 @@ namespace SLIPSTREAM_ISA {
 // The token chosen: filters, noise, argmax.
 int32_t choose_one(const float* logits, int64_t num_tokens, const SampleRow& how);
 
-// What the softmax at a temperature (at 0: at 1) gives a token.
-double share_of(const float* logits, int64_t num_tokens, double temperature, int32_t token);
+constexpr int32_t kNumChoices = 2;
+
+// The token chosen, then what would be chosen without it, and how sure each choice is; -1 where no token is left.
+void best_choices(const float* logits, int64_t num_tokens, const SampleRow& how, int32_t* tokens, double* shares);
 
 }  // namespace SLIPSTREAM_ISA
