@@ -75,14 +75,14 @@ class Estimates(NamedTuple):
 
 
 class Chains(NamedTuple):
-    """Drafted chains of B requests, at each of D places its R likeliest tokens, best first (`sampling.best_choices`).
+    """Drafted chains of B requests, at each of S depths its R likeliest tokens, best first (`sampling.best_choices`).
 
-    `token_ids_BDR` int32, -1 where there are fewer, `scores_BDR` float64 from 0 to 1, `lengths_B` int32. A chain goes
-    on behind the first token of each place.
+    `token_ids_BSR` int32, -1 where there are fewer, `scores_BSR` float64 from 0 to 1, `lengths_B` int32. A chain goes
+    on behind the first token of each depth.
     """
 
-    token_ids_BDR: Int32
-    scores_BDR: Float64
+    token_ids_BSR: Int32
+    scores_BSR: Float64
     lengths_B: Int32
 
 
@@ -249,14 +249,14 @@ class Merger:
         plan.num_requests, plan.num_choosing = len(asked.slots_B), price.num_choosing
         plan.num_matrices = len(matrices)
         plan.id_bytes = matrices[0].ids_VN.itemsize if matrices else 0
-        plan.chain_width = chains.token_ids_BDR.shape[1]
+        plan.chain_width = chains.token_ids_BSR.shape[1]
         plan.max_step_nodes = len(price.step_s) - 1
         plan.token_rate, plan.min_survival = price.token_rate, price.min_survival
         plan.slots, plan.draws = address_of(asked.slots_B), address_of(asked.draws_B)
         plan.limits, plan.scopes = address_of(asked.limits_B4), address_of(asked.scopes_B)
         plan.new_tokens, plan.new_ends = address_of(asked.new_ids), address_of(asked.new_ends_B)
-        plan.chain_tokens, plan.chain_lengths = address_of(chains.token_ids_BDR), address_of(chains.lengths_B)
-        plan.chain_scores = address_of(chains.scores_BDR)
+        plan.chain_tokens, plan.chain_lengths = address_of(chains.token_ids_BSR), address_of(chains.lengths_B)
+        plan.chain_scores = address_of(chains.scores_BSR)
         plan.stop_ids, plan.stop_ends = map(address_of, asked.stops)
         matrix_ids = (_ADDRESS * len(matrices))(*(address_of(one.ids_VN) for one in matrices))
         matrix_logprobs = (_ADDRESS * len(matrices))(*(address_of(one.logprobs_VN) for one in matrices))

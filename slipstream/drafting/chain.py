@@ -19,6 +19,9 @@ from slipstream_kernels.chain import AskedChains, ChainWorth, draft_chains
 from slipstream_kernels.merging import Chains
 from slipstream_kernels.sampling import NUM_CHOICES, best_choices, sample_rows, stop_tokens
 
+_WINDOWS_SHARED = 4
+"""Requests that draft together read so many windows of text, or one each."""
+
 
 class ChainDrafter:
     """Proposes chains from one draft version; keeps a K/V cache in step with what the target commits.
@@ -27,8 +30,8 @@ class ChainDrafter:
     the first one on that did not come, they are overwritten by the tokens that stand there instead. A new drafter knows
     nothing of running requests: it catches up with their tokens, at most `max_catch_up_tokens` a call, and proposes
     nothing for a request until it has. With a `window` it reads no more than so many tokens of a text it has fallen
-    behind with by more, and begins anew with these. `was_level` says whether the last draft had nothing to catch up
-    with but what the last pass accepted.
+    behind with by more (a few times as many where few requests draft), and begins anew with these. `was_level` says
+    whether the last draft had nothing to catch up with but what the last pass accepted.
     """
 
     def __init__(
@@ -78,10 +81,10 @@ class ChainDrafter:
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
         """One chain per context, in order, as long as it may be; NO_DRAFT where none is possible yet."""
         max_tokens = max((one.max_nodes for one in contexts), default=0)
-        token_ids_BDR, _, lengths_B = self.draft(contexts, max_tokens=max_tokens)
+        token_ids_BSR, _, lengths_B = self.draft(contexts, max_tokens=max_tokens)
         return [
             chain_tree(ids[:length], drafter="chain", version=self.version) if length else NO_DRAFT
-            for ids, length in zip(token_ids_BDR[:, :, 0].tolist(), lengths_B.tolist(), strict=True)
+            for ids, length in zip(token_ids_BSR[:, :, 0].tolist(), lengths_B.tolist(), strict=True)
         ]
 
     def draft(self, contexts: Sequence[DraftContext], *, max_tokens: int, worth: ChainWorth | None = None) -> Chains:
@@ -91,9 +94,11 @@ class ChainDrafter:
         request's output, and it is drawn with the filters of its request. The gate replays chains of fixed length
         (0002), which know of neither.
         """
+        window = self._window_of_each(len(contexts))
         for context in contexts:
             self._keep_what_came(context)
-            self._begin_anew_if_far_behind(context, max_tokens)
+            if window:
+                self._begin_anew_if_far_behind(context, window=window, max_tokens=max_tokens)
         limits = [
             min(
                 one.max_depth,
@@ -112,14 +117,14 @@ class ChainDrafter:
         chains = self._draft_level(
             [contexts[index] for index in level], [limits[index] for index in level], plan, worth
         )
-        ids_BD = chains.token_ids_BDR[:, :, 0].tolist()
-        for index, ids, length in zip(level, ids_BD, chains.lengths_B.tolist(), strict=True):
+        ids_BS = chains.token_ids_BSR[:, :, 0].tolist()
+        for index, ids, length in zip(level, ids_BS, chains.lengths_B.tolist(), strict=True):
             # The last token drafted is not computed.
             self._drafted[contexts[index].slot] = len(contexts[index].token_ids), ids[: length - 1]
         if len(level) == len(contexts):
             return chains
-        whole = no_chains(len(contexts), width=chains.token_ids_BDR.shape[1])
-        whole.token_ids_BDR[level], whole.scores_BDR[level], whole.lengths_B[level] = chains
+        whole = no_chains(len(contexts), width=chains.token_ids_BSR.shape[1])
+        whole.token_ids_BSR[level], whole.scores_BSR[level], whole.lengths_B[level] = chains
         return whole
 
     def _keep_what_came(self, context: DraftContext) -> None:
@@ -133,11 +138,17 @@ class ChainDrafter:
             self._drafted[slot] = 0, []
         self._num_cached[slot] = min(self._num_cached[slot], len(token_ids) - 1)
 
-    def _begin_anew_if_far_behind(self, context: DraftContext, max_tokens: int) -> None:
+    def _window_of_each(self, num_contexts: int) -> int:
+        """The more requests share a step, the less one of them gains by a text that is read whole; 0: no window."""
+        if self._window is None or not num_contexts:
+            return 0
+        return max(self._window, min(_WINDOWS_SHARED * self._window // num_contexts, self._max_positions // 2))
+
+    def _begin_anew_if_far_behind(self, context: DraftContext, *, window: int, max_tokens: int) -> None:
         slot, num_tokens = context.slot, len(context.token_ids)
         is_full = num_tokens - self._bases[slot] + max_tokens > self._max_positions
-        if self._window is not None and (is_full or num_tokens - self._num_cached[slot] > self._window):
-            self._bases[slot] = self._num_cached[slot] = max(num_tokens - self._window, 0)
+        if is_full or num_tokens - self._num_cached[slot] > window:
+            self._bases[slot] = self._num_cached[slot] = max(num_tokens - window, 0)
 
     def _catch_up(self, contexts: Sequence[DraftContext], limits: Sequence[int]) -> tuple[list[int], StepPlan]:
         """Which contexts are level after the pass that computes tokens not yet in the cache, and that pass."""
@@ -195,8 +206,8 @@ class ChainDrafter:
             logits_BV = self._decoder.forward(plan).logits_XV
             draws = [_draw(contexts[index], worth) for index in growing]
             choices = best_choices(logits_BV, sample_rows(draws, positions))
-            chains.token_ids_BDR[growing, lengths] = choices.token_ids_XR
-            chains.scores_BDR[growing, lengths] = choices.shares_XR
+            chains.token_ids_BSR[growing, lengths] = choices.token_ids_XR
+            chains.scores_BSR[growing, lengths] = choices.shares_XR
             chains.lengths_B[growing] += 1
             growing = [
                 one
@@ -238,7 +249,7 @@ def no_chains(number: int, *, width: int = 1) -> Chains:
 
 
 def _newest(chains: Chains, row: int) -> int:
-    return int(chains.token_ids_BDR[row, chains.lengths_B[row] - 1, 0])
+    return int(chains.token_ids_BSR[row, chains.lengths_B[row] - 1, 0])
 
 
 def _draw(context: DraftContext, worth: ChainWorth | None) -> bytes:
@@ -262,7 +273,7 @@ def _worth_going_on(
     for one in growing:
         depth = int(chains.lengths_B[one])
         estimates_SL = worth.sampled if contexts[one].sampling.temperature else worth.greedy
-        score = float(chains.scores_BDR[one, depth - 1, 0])
+        score = float(chains.scores_BSR[one, depth - 1, 0])
         paths_B[one] *= survival_in_chain(estimates_SL, depth=depth, score=score)
         next_paths[one] = float(paths_B[one]) * float(paths_B[one]) ** (1.0 / depth)
     left = [one for one in growing if next_paths[one] >= worth.min_survival]

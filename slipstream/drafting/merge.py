@@ -54,6 +54,9 @@ _STEPS_BETWEEN_COSTS = 4
 _STEPS_BETWEEN_LESSONS = 64
 """One in so many steps is learned from while speculation is off."""
 
+_STEPS_BETWEEN_COUNTS = 8
+"""One in so many tells then what plain steps take: the machine's pace changes within tens of them."""
+
 _DRAFT_TIME_SHARE = 0.1
 """What the newest drafting time counts for."""
 
@@ -190,7 +193,8 @@ class MergedDrafter:
         """The step took so many seconds, its pass among them, and gave so many tokens."""
         if self.economy is not None:
             took = Took(step_s, pass_s, num_tokens, is_usual=self._was_level)
-            self.economy.settle(took, is_counted=self._is_listening)
+            is_counted = self._is_listening or self._num_steps % _STEPS_BETWEEN_COUNTS == 0
+            self.economy.settle(took, is_counted=is_counted)
 
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
@@ -252,9 +256,9 @@ class MergedDrafter:
                 key = len(rows).bit_length()
                 self._pass_s[key] = _towards(spent_s / int(drafted.lengths_B.max()), self._pass_s.get(key))
             self._was_level &= drafter.was_level
-            drafted_width = drafted.token_ids_BDR.shape[1]
-            chains.token_ids_BDR[rows, :drafted_width] = drafted.token_ids_BDR
-            chains.scores_BDR[rows, :drafted_width] = drafted.scores_BDR
+            drafted_width = drafted.token_ids_BSR.shape[1]
+            chains.token_ids_BSR[rows, :drafted_width] = drafted.token_ids_BSR
+            chains.scores_BSR[rows, :drafted_width] = drafted.scores_BSR
             chains.lengths_B[rows] = drafted.lengths_B
             for row in rows:
                 versions[row] = drafter.version

@@ -262,26 +262,25 @@ def _engine(target: Checkpoint, options: DraftingOptions | None, **sizes: int) -
     )
 
 
+@pytest.mark.parametrize(("num_requests", "window"), [(1, 10), (3, 30)])
 def test_a_draft_that_fell_behind_reads_a_window_and_drafts_what_it_would_have_drafted_there(
-    target: Checkpoint, sibling: Checkpoint, prompts: Prompts
+    target: Checkpoint, sibling: Checkpoint, prompts: Prompts, num_requests: int, window: int
 ) -> None:
     text = [*prompts[3], *prompts[4], *prompts[5]]
     assert len(text) > 80
-    in_window, fresh = (_chains(sibling, window) for window in (40, None))
-    behind, short = (
-        DraftContext(0, tokens, SamplingParams(seed=1, max_tokens=9, temperature=0.0), 5, 5)
-        for tokens in (text, text[-40:])
-    )
+    in_window, fresh = _chains(sibling, window), _chains(sibling, None)
+    sampling = SamplingParams(seed=1, max_tokens=9, temperature=0.0)
+
+    def contexts(tokens: Sequence[int]) -> list[DraftContext]:
+        return [DraftContext(slot, tokens, sampling, 5, 5) for slot in range(num_requests)]
+
     assert (
-        in_window.draft([behind], max_tokens=5).token_ids_BDR.tolist()
-        == fresh.draft([short], max_tokens=5).token_ids_BDR.tolist()
+        in_window.draft(contexts(text), max_tokens=5).token_ids_BSR.tolist()
+        == fresh.draft(contexts(text[-40:]), max_tokens=5).token_ids_BSR.tolist()
     )
     assert not in_window.was_level
-    again = [*text, 5, 7], [*text[-40:], 5, 7]
-    behind, short = (
-        msgspec.structs.replace(one, token_ids=tokens) for one, tokens in zip((behind, short), again, strict=True)
-    )
-    assert in_window.propose([behind]) == fresh.propose([short])
+    again, short = contexts([*text, 5, 7]), contexts([*text[-40:], 5, 7])
+    assert in_window.propose(again) == fresh.propose(short)
     assert in_window.was_level
 
 
@@ -317,8 +316,8 @@ def test_chains_that_are_not_worth_a_pass_end_alike_in_one_call_and_token_by_tok
     for one, other in zip(at_once, drafted(), strict=True):
         assert one.lengths_B.tolist() == other.lengths_B.tolist()
         for row, length in enumerate(one.lengths_B):
-            assert one.token_ids_BDR[row, :length].tolist() == other.token_ids_BDR[row, :length].tolist()
-            np.testing.assert_allclose(one.scores_BDR[row, :length], other.scores_BDR[row, :length], rtol=1e-9)
+            assert one.token_ids_BSR[row, :length].tolist() == other.token_ids_BSR[row, :length].tolist()
+            np.testing.assert_allclose(one.scores_BSR[row, :length], other.scores_BSR[row, :length], rtol=1e-9)
     lengths = [one.lengths_B.tolist() for one in at_once]
     assert lengths[0] == [6, 6, 6]
     assert min(lengths[1]) < max(lengths[1]), "each by what its own tokens survive"
@@ -333,9 +332,9 @@ def test_a_chain_is_drawn_with_the_filters_of_its_request(sibling: Checkpoint, p
     )
     contexts = [DraftContext(slot, prompts[0], one, 6, 6) for slot, one in enumerate((greedy, filtered))]
     chains = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth)
-    assert chains.token_ids_BDR[0, :, 0].tolist() == chains.token_ids_BDR[1, :, 0].tolist()
-    assert (chains.token_ids_BDR[1, :, 1] == -1).all()
-    assert (chains.scores_BDR[1] == [1.0, 0.0]).all()
+    assert chains.token_ids_BSR[0, :, 0].tolist() == chains.token_ids_BSR[1, :, 0].tolist()
+    assert (chains.token_ids_BSR[1, :, 1] == -1).all()
+    assert (chains.scores_BSR[1] == [1.0, 0.0]).all()
 
 
 @pytest.mark.parametrize("is_at_once", [True, False])
@@ -347,12 +346,12 @@ def test_a_chain_ends_with_the_token_that_ends_the_output(
     sampling = SamplingParams(seed=3, max_tokens=20)
     contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(3)]
     worth = ChainWorth(0.0, 0.0, *np.ones((2, 8, 12)))
-    whole = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth).token_ids_BDR[:, :, 0].tolist()
+    whole = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth).token_ids_BSR[:, :, 0].tolist()
     stopping = msgspec.structs.replace(sampling, stop_token_ids=(4095, whole[1][2]))
     contexts[1] = msgspec.structs.replace(contexts[1], sampling=stopping)
     ended = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth)
     assert ended.lengths_B.tolist() == [6, 1 + whole[1].index(whole[1][2]), 6]
-    for ids, like, length in zip(ended.token_ids_BDR[:, :, 0].tolist(), whole, ended.lengths_B.tolist(), strict=True):
+    for ids, like, length in zip(ended.token_ids_BSR[:, :, 0].tolist(), whole, ended.lengths_B.tolist(), strict=True):
         assert ids[:length] == like[:length]
     of_fixed_length = _chains(sibling, None).propose(contexts)
     assert [len(tree.token_ids) for tree in of_fixed_length] == [6, 6, 6], "as the gate's replay has them"

@@ -96,8 +96,8 @@ class World:
             chains.lengths_B[request] = len(chain)
             for place, choices in enumerate(chain):
                 for rank, (token, score) in enumerate(choices):
-                    chains.token_ids_BDR[request, place, rank] = token
-                    chains.scores_BDR[request, place, rank] = score
+                    chains.token_ids_BSR[request, place, rank] = token
+                    chains.scores_BSR[request, place, rank] = score
         lines = [(0, text[-1], *limits) for text, limits in zip(self.texts, self.limits, strict=True)]
         return Asked(
             np.arange(NUM_REQUESTS, dtype=np.int32),
