@@ -173,7 +173,9 @@ class Modes:
             self._end_trial(size, gains, best)
         elif self._num_steps[size] >= self._next_trial.setdefault(size, self._num_steps[size] + SHORTEST_INTERVAL):
             others = [mode for mode in gains if mode is not best]
-            self._begin_trial(size, min(others, key=lambda mode: self._next_trials.get((size, mode), 0)))
+            # Of modes that were not tried yet the one that lost least, as its first steps may have been bad luck.
+            due = {mode: (self._next_trials.get((size, mode), 0), -gains[mode]) for mode in others}
+            self._begin_trial(size, min(due, key=due.__getitem__))
         return best
 
     def _is_known(self, size: int, mode: Mode) -> bool:

@@ -82,6 +82,12 @@ def test_a_draft_that_never_drafts_does_not_hold_up_the_others() -> None:
     assert modes.counts[Mode.FLOOR] > 1_700
 
 
+def test_the_mode_that_lost_least_in_its_first_steps_is_tried_first() -> None:
+    for gains in ({Mode.FLOOR: BAD, Mode.CHAIN: 0.95}, {Mode.FLOOR: 0.95, Mode.CHAIN: BAD}):
+        chosen = taken(Modes(), gains, num_steps=2 * first_steps(1) + 100)[2 * first_steps(1) :]
+        assert next(mode for mode in chosen if mode is not Mode.OFF) is max(gains, key=gains.__getitem__)
+
+
 def test_a_mode_that_stops_to_gain_is_left() -> None:
     modes = Modes()
     taken(modes, {Mode.FLOOR: GOOD}, num_steps=50)
