@@ -59,11 +59,11 @@ class AskedChains(NamedTuple):
 
 
 def draft_chains(decoder: Decoder, first: Plan, asked: AskedChains, *, worth: ChainWorth | None = None) -> Chains:
-    """Drafts token after token with the requests' noise.
+    """Drafts token after token with the requests' noise and filters.
 
     `first` is the pass that brings the cache level with the B requests, and asks for a row of logits for each, in
-    order. Drafted tokens are computed in place behind it, all but the last. Scores are what the draft's softmax gives
-    its tokens; a chain ends early once it is not `worth` going on.
+    order. Drafted tokens are computed in place behind it, all but the last. Scores are the shares of
+    `sampling.best_choices`; a chain ends early once it is not `worth` going on.
     """
     num_requests, width = len(asked.slots_B), int(asked.max_tokens_B.max())
     price = (0.0, 0.0, None, None) if worth is None else (*worth[:2], *map(address_of, worth[2:]))

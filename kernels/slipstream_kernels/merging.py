@@ -75,9 +75,9 @@ class Estimates(NamedTuple):
 
 
 class Chains(NamedTuple):
-    """Drafted chains of B requests, at each of S depths its R likeliest tokens, best first (`sampling.best_choices`).
+    """Drafted chains of B requests, at each of S depths its R best tokens, best first (`sampling.best_choices`).
 
-    `token_ids_BSR` int32, -1 where there are fewer, `scores_BSR` float64 from 0 to 1, `lengths_B` int32. A chain goes
+    `token_ids_BSR` int32, -1 where no token is left, `scores_BSR` float64 from 0 to 1, `lengths_B` int32. A chain goes
     on behind the first token of each depth.
     """
 

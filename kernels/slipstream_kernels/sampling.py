@@ -77,6 +77,7 @@ def stop_tokens(ids_of: Sequence[Sequence[int]]) -> StopTokens:
 _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _compiled = typed(
     {
+        "best_choices": (None, (_ADDRESS, _COUNT, _COUNT, _COUNT, *[_ADDRESS] * 3)),
         "choose": (None, (_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS, _ADDRESS)),
         "top_logprobs": (None, (_ADDRESS, _COUNT, _COUNT, *[_ADDRESS] * 2, _COUNT, _COUNT, *[_ADDRESS] * 3)),
         "gumbel_noise": (None, (_ADDRESS, _COUNT, _ADDRESS)),
@@ -221,19 +222,37 @@ class Choices(NamedTuple):
 
 
 def best_choices(logits_XV: Tensor, rows_X: SampleRows) -> Choices:
-    """What `choose` chooses in each row, what it would choose without that, and how sure it is of them; plain torch.
+    """What `choose` chooses in each row, what it would choose if that token were not there, and how sure it is of them.
 
-    A token's share is its part of the softmax of logits + temperature x noise, among the few tokens where that is
-    largest: how sure its choice is for a model whose logits differ by some and whose noise is the same.
+    A token's share is its part of the softmax of logits + temperature x noise, among the eight tokens that the filters
+    keep where that is largest: how sure its choice is for a model whose logits differ by some and whose noise is the
+    same. At temperature 0 there are neither noise nor filters.
     """
+    rows = kernel_rows(logits_XV)
+    if rows is None:
+        return best_choices_reference(logits_XV, rows_X)
+    shape = rows.number, NUM_CHOICES
+    choices = Choices(np.empty(shape, np.int32), np.empty(shape))
+    _compiled("best_choices", instruction_set())(
+        rows.address, rows.stride, rows.number, rows.vocab_size, address_of(rows_X), *map(address_of, choices)
+    )
+    return choices
+
+
+def best_choices_reference(logits_XV: Tensor, rows_X: SampleRows) -> Choices:
+    """`best_choices` in plain torch: the definition."""
     logits_XV = _without_nan(logits_XV)
-    has_top_k, has_shares = _filters_of(rows_X)
+    scores_XV = _relative(logits_XV)
     rows = device_rows(rows_X, logits_XV.device)
     is_greedy_X1 = (rows.temperature == 0).unsqueeze(1)
-    perturbed_XV = _perturbed(logits_XV, rows, has_top_k=has_top_k, has_shares=has_shares)
-    best = torch.where(is_greedy_X1, _relative(logits_XV), perturbed_XV).sort(dim=-1, descending=True, stable=True)
-    values_XN = best.values[:, :_NUM_COMPARED] * torch.where(is_greedy_X1, 1.0, rows.temperature.unsqueeze(1))
-    shares_XR = values_XN.softmax(dim=-1)[:, :NUM_CHOICES]
+    if rows_X["temperature"].any():
+        has_top_k, has_shares = _filters_of(rows_X)
+        perturbed_XV = _perturbed(logits_XV, rows, has_top_k=has_top_k, has_shares=has_shares)
+        scores_XV = torch.where(is_greedy_X1, scores_XV, perturbed_XV)
+    best = scores_XV.sort(dim=-1, descending=True, stable=True)
+    values_XN = best.values[:, :_NUM_COMPARED]
+    scales_X1 = torch.where(is_greedy_X1, 1.0, rows.temperature.unsqueeze(1))
+    shares_XR = ((values_XN - values_XN[:, :1]) * scales_X1).softmax(dim=-1)[:, :NUM_CHOICES]
     ids_XR = best.indices[:, :NUM_CHOICES].where(values_XN[:, :NUM_CHOICES] > -torch.inf, _NO_TOKEN).int()
     missing = (0, NUM_CHOICES - ids_XR.shape[1])
     padded = (functional.pad(ids_XR, missing, value=_NO_TOKEN), functional.pad(shares_XR, missing))
@@ -251,7 +270,7 @@ def choose_on_device(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, ha
 
 
 def _perturbed(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, has_shares: bool) -> Tensor:
-    """What the choice is the largest of, float64 [X, V]; -inf where the filters keep nothing."""
+    """What the choice is the largest of, float64 [X, V]; -inf for tokens that the filters remove."""
     scaled_XV = _scaled(logits_XV, rows)
     noise_XV = gumbel_noise(
         seeds_X=rows.seed,

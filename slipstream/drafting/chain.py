@@ -17,7 +17,7 @@ from slipstream.engine.sampling import row_of, shared_row
 from slipstream.models.checkpoint import Checkpoint
 from slipstream_kernels.chain import AskedChains, ChainWorth, draft_chains
 from slipstream_kernels.merging import Chains
-from slipstream_kernels.sampling import NUM_CHOICES, best_choices, sample_rows, stop_tokens
+from slipstream_kernels.sampling import NUM_CHOICES, best_choices, choose, sample_rows, stop_tokens
 
 _WINDOWS_SHARED = 4
 """Requests that draft together read so many windows of text, or one each."""
@@ -142,7 +142,8 @@ class ChainDrafter:
         """The more requests share a step, the less one of them gains by a text that is read whole; 0: no window."""
         if self._window is None or not num_contexts:
             return 0
-        return max(self._window, min(_WINDOWS_SHARED * self._window // num_contexts, self._max_positions // 2))
+        at_once = min(_WINDOWS_SHARED * self._window, self._max_catch_up_tokens)
+        return max(self._window, min(at_once // num_contexts, self._max_positions // 2))
 
     def _begin_anew_if_far_behind(self, context: DraftContext, *, window: int, max_tokens: int) -> None:
         slot, num_tokens = context.slot, len(context.token_ids)
@@ -205,9 +206,12 @@ class ChainDrafter:
             positions = [len(contexts[index].token_ids) + int(chains.lengths_B[index]) for index in growing]
             logits_BV = self._decoder.forward(plan).logits_XV
             draws = [_draw(contexts[index], worth) for index in growing]
-            choices = best_choices(logits_BV, sample_rows(draws, positions))
-            chains.token_ids_BSR[growing, lengths] = choices.token_ids_XR
-            chains.scores_BSR[growing, lengths] = choices.shares_XR
+            rows = sample_rows(draws, positions)
+            if worth is None:
+                chains.token_ids_BSR[growing, lengths, 0] = choose(logits_BV, rows).cpu().numpy()
+            else:
+                choices = best_choices(logits_BV, rows)
+                chains.token_ids_BSR[growing, lengths], chains.scores_BSR[growing, lengths] = choices
             chains.lengths_B[growing] += 1
             growing = [
                 one
@@ -245,7 +249,7 @@ class ChainDrafter:
 def no_chains(number: int, *, width: int = 1) -> Chains:
     """So many chains of length 0, with room for `width` tokens each."""
     shape = number, width, NUM_CHOICES
-    return Chains(np.zeros(shape, np.int32), np.zeros(shape), np.zeros(number, np.int32))
+    return Chains(np.full(shape, -1, np.int32), np.zeros(shape), np.zeros(number, np.int32))
 
 
 def _newest(chains: Chains, row: int) -> int:

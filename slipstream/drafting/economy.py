@@ -88,6 +88,7 @@ class Economy:
         """The mode of the coming step."""
         self._load = load
         self._mode = Mode.OFF
+        self._is_observed = False
         can_draft = has_floor or has_chain
         # The last step of a request, which has no use for a draft, does more than others beside its pass.
         self._is_typical = load.num_rows == load.num_choosing and can_draft

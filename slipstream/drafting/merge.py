@@ -39,11 +39,15 @@ Source = Literal["chain", "recycling", "lookup", "pool"]
 
 ALL_SOURCES: tuple[Source, ...] = ("chain", "recycling", "lookup", "pool")
 
+# A draft model proposes two candidates for a place, Token Recycling eight.
 _WINDOW_TRIALS = {"chain": 6_000, "lookup": 3_000, "pool": 3_000, "recycling": 24_000}
 _MATCHING = ("lookup", "pool")
 
 CATCH_UP_WINDOW = 64
-"""Tokens of a text that a draft model reads when it drafts again after a while: trying it must not cost a prefill."""
+"""Tokens of a text that a draft model reads when it drafts again after a while: trying it must not cost a prefill.
+
+A few times as many where few requests draft (`chain`).
+"""
 
 _JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""

@@ -12,7 +12,7 @@ Under a rule that rejects, only verified nodes are tried (`trials`). Estimates b
 those of a forced shape do not transfer.
 
 Counts of tried and accepted nodes are kept in cells of rank x depth x what the drafter itself says of a candidate: how
-long its match was (look-ups), or how likely it finds it (models). They forget exponentially. A cell with little
+long its match was (look-ups), or how sure it is of it (models). They forget exponentially. A cell with little
 evidence leans on that of all depths, which leans on that of its rank. Over what the drafter says, estimates then follow
 the nearest rising curve (isotonic regression, Barlow et al., 1972): that a longer match or a likelier token is accepted
 no less often is all that can be trusted of it. Memory is fixed: 32 KiB a drafter. What candidates of several drafters

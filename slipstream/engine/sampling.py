@@ -107,7 +107,7 @@ def draft_rows(draws: Sequence[Draw], positions: Sequence[int]) -> SampleRows:
 
 
 def shared_row(draw: Draw) -> bytes:
-    """The sample row whose noise is the target's own, without filters: for drafts verified by equality."""
+    """The sample row whose noise is the target's own, without filters: for chains of fixed length and beams."""
     return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index)
 
 

@@ -288,15 +288,23 @@ def test_a_draft_that_fell_behind_reads_a_window_and_drafts_what_it_would_have_d
 def test_a_draft_goes_on_as_if_it_had_read_the_text_where_another_token_came(
     sibling: Checkpoint, prompts: Prompts, sampling: SamplingParams
 ) -> None:
+    worth = ChainWorth(0.0, 0.0, *np.ones((2, 8, 12)))
     drafter, fresh = _chains(sibling, None), _chains(sibling, None)
-    context = DraftContext(0, prompts[0], sampling, 6, 6)
-    drafted = list(drafter.propose([context])[0].token_ids)
-    for came in ([*drafted[:2], drafted[2] ^ 1, *drafted[3:5]], [*drafted[:2], drafted[2] ^ 1], drafted[:2], drafted):
-        context = msgspec.structs.replace(context, token_ids=[*context.token_ids, *came])
-        [tree] = drafter.propose([context])
-        assert tree == fresh.propose([context])[0]
-        fresh.release(0)
-        drafted = list(tree.token_ids)
+    contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(2)]
+    drafted = drafter.draft(contexts, max_tokens=6, worth=worth).token_ids_BSR[:, :, 0].tolist()
+    for num_right, num_behind in ((2, 2), (2, 0), (0, 0), (6, 0)):
+        for slot, ids in enumerate(drafted):
+            wrong = [token ^ 1 for token in ids[num_right : num_right + 1]]
+            behind = ids[num_right + 1 : num_right + 1 + num_behind]
+            text = [*contexts[slot].token_ids, *ids[:num_right], *wrong, *behind]
+            contexts[slot] = msgspec.structs.replace(contexts[slot], token_ids=text)
+        chains = drafter.draft(contexts, max_tokens=6, worth=worth)
+        assert drafter.was_level, "what was right is not computed again"
+        for one, other in zip(chains, fresh.draft(contexts, max_tokens=6, worth=worth), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12)
+        for slot in range(2):
+            fresh.release(slot)
+        drafted = chains.token_ids_BSR[:, :, 0].tolist()
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -335,6 +343,9 @@ def test_a_chain_is_drawn_with_the_filters_of_its_request(sibling: Checkpoint, p
     assert chains.token_ids_BSR[0, :, 0].tolist() == chains.token_ids_BSR[1, :, 0].tolist()
     assert (chains.token_ids_BSR[1, :, 1] == -1).all()
     assert (chains.scores_BSR[1] == [1.0, 0.0]).all()
+    unfiltered = msgspec.structs.replace(contexts[1], sampling=msgspec.structs.replace(filtered, top_k=0))
+    of_fixed_length = [_chains(sibling, None).propose([one])[0].token_ids for one in (contexts[1], unfiltered)]
+    assert of_fixed_length[0] == of_fixed_length[1], "as the gate's replay has them"
 
 
 @pytest.mark.parametrize("is_at_once", [True, False])

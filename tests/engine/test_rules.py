@@ -160,7 +160,6 @@ class Spoiled:
     def __init__(self, drafter: RsdDrafter, spoil: Callable[[DraftTree], DraftTree]) -> None:
         self._drafter = drafter
         self._spoil = spoil
-        self.committed = drafter.committed
         self.release = drafter.release
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
@@ -280,7 +279,6 @@ class Noting:
     def __init__(self, drafter: RsdDrafter) -> None:
         self._drafter = drafter
         self.asked: list[tuple[int, int]] = []
-        self.committed = drafter.committed
         self.release = drafter.release
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:

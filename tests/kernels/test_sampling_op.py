@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from slipstream_kernels.sampling import (
     HostLogprobs,
     SampleRows,
     TopLogprobs,
+    best_choices,
+    best_choices_reference,
     choose,
     choose_reference,
     noise,
@@ -63,6 +66,31 @@ def test_choices_equal_plain_torch(isa: str, vocab_size: int, scale: float) -> N
     num_rows = 8 if vocab_size > 5000 else 60
     logits, rows = random_logits(num_rows, vocab_size, scale), random_rows(num_rows, vocab_size)
     assert torch.equal(choose(logits, rows), choose_reference(logits, rows))
+
+
+def agree_on_choices(logits: Tensor, rows: SampleRows) -> bool:
+    """Whether the compiled kernels and plain torch name the same tokens, as sure of them but for rounding."""
+    out, expected = best_choices(logits, rows), best_choices_reference(logits, rows)
+    assert (out.token_ids_XR[:, 0] == choose(logits, rows).numpy()).all()
+    np.testing.assert_allclose(out.shares_XR, expected.shares_XR, rtol=1e-9, atol=1e-15)
+    return np.array_equal(out.token_ids_XR, expected.token_ids_XR)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_best_choices_equal_plain_torch(isa: str, vocab_size: int, scale: float) -> None:
+    num_rows = 8 if vocab_size > 5000 else 60
+    logits, rows = random_logits(num_rows, vocab_size, scale), random_rows(num_rows, vocab_size)
+    assert agree_on_choices(logits, rows)
+
+
+def test_the_second_choice_is_what_would_be_chosen_without_the_first(isa: str) -> None:
+    logits, rows = random_logits(60, 4096, 1.0), random_rows(60, 4)
+    rows["top_k"], rows["top_p"], rows["min_p"] = 0, 1.0, 0.0
+    choices = best_choices(logits, rows)
+    first, second = torch.from_numpy(choices.token_ids_XR).long().T
+    assert torch.equal(choose(logits.scatter(1, first.unsqueeze(1), -math.inf), rows).long(), second)
+    assert (choices.shares_XR[:, 0] >= choices.shares_XR[:, 1]).all()
 
 
 def are_equal(out: TopLogprobs | HostLogprobs, expected: TopLogprobs) -> bool:
@@ -125,6 +153,7 @@ def test_odd_logits_give_a_token_of_the_vocabulary(isa: str, name: str, num_copi
     assert {token % 5 for token in choose(logits, rows).tolist()} == expected
     mixed = random_rows(200, 3)
     assert torch.equal(choose(logits, mixed), choose_reference(logits, mixed))
+    assert agree_on_choices(logits, mixed)
     some = [0, 1], [0, 1]
     out, reference = top_logprobs(logits, *some, num_top=5), top_logprobs_reference(logits, *some, num_top=5)
     assert are_equal(out, reference)

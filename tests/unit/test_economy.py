@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from slipstream.drafting.drafter import StepLoad
+from slipstream.drafting.drafter import Lesson, StepLoad
 from slipstream.drafting.economy import LARGEST_BAR, Economy, Promise, Took
 from slipstream.drafting.modes import Mode, first_steps
 from slipstream.drafting.step_cost import MeasuredSteps, StepCost
@@ -73,6 +74,18 @@ def test_a_step_counts_as_what_was_promised_of_it_as_far_as_promises_are_kept() 
     assert before == pytest.approx(2 * (1.0 + BESIDE_S) / (1.8 + BESIDE_S), rel=0.05), "half of what was promised came"
     take(one, Mode.FLOOR, num_steps=1, num_tokens=8, num_nodes=4, promised_tokens=2.0)
     assert one.modes.gain(Mode.FLOOR, num_requests=1) == pytest.approx(before, rel=0.01), "one lucky step"
+
+
+def test_plain_steps_that_nobody_learns_from_still_tell_the_pace() -> None:
+    one = economy()
+    take(one, Mode.OFF, num_steps=1, num_tokens=1)
+    lesson = Lesson(np.zeros(1, np.int32), torch.zeros(1, 4), (), num_rows=1, seconds=1.0, expert_ids_TLK=None)
+    one.observe(lesson, is_due=True)
+    take(one, Mode.OFF, num_steps=1, num_tokens=1)
+    for _ in range(60):
+        one.choose(load(), has_floor=True, has_chain=True)
+        one.settle(Took(2.0 + BESIDE_S, 2.0, 1, is_usual=True), is_counted=True)
+    assert 1.4 < one.price(0).step_s[0] <= 2.0
 
 
 def test_promises_of_the_newest_thousand_tokens_count() -> None:

@@ -142,11 +142,11 @@ inline void best_ids(const Row& row, int64_t number, int32_t* out) {
     std::copy_n(ids.begin(), number, out);
 }
 
-// The sum of e^((logit - largest) * scale), in single precision.
-inline float sum_of_exponentials(const Row& row, float scale) {
+// The sum of e^(logit - largest), in single precision.
+inline float sum_of_exponentials(const Row& row) {
     Floats sums = splat(0.0f);
     for (int64_t at = 0; at < row.num_tokens; at += kLanes) {
-        const Floats relative = (load_padded(row.logits + at, row.num_tokens - at) - row.largest) * scale;
+        const Floats relative = load_padded(row.logits + at, row.num_tokens - at) - row.largest;
         sums = sums + exp(relative);  // of a NaN, 0
     }
     return sum_lanes(sums);

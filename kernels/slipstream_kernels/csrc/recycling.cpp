@@ -214,7 +214,7 @@ int32_t SLIPSTREAM_EXPORT(recycling_remember_logits)(void* ids, uint16_t* logpro
     for (int32_t row = 0; row < num_rows; ++row) {
         const Row own = finite_row(logits + row * row_stride, vocab_size);
         best_ids(own, num_top, top_ids);
-        const float log_sum = std::log(sum_of_exponentials(own, 1.0f));
+        const float log_sum = std::log(sum_of_exponentials(own));
         for (int32_t rank = 0; rank < num_top; ++rank) {
             const float relative = own.logits[top_ids[rank]] - own.largest;
             top_logprobs[rank] = to_half(relative == relative ? std::min(relative - log_sum, 0.0f) : -kInfinity);

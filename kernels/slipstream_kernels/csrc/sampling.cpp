@@ -1,4 +1,5 @@
-// Choosing tokens and reporting log-probabilities; slipstream_kernels/sampling.py is the definition, bit for bit.
+// Choosing tokens and reporting log-probabilities; slipstream_kernels/sampling.py is the definition, of all
+// but shares bit for bit.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -132,8 +133,8 @@ struct Scored {
 // -log u >= 1 - u follows G = -log(-log u) <= -log(1 - u) = ln 2 (32 - log2(c + 1/2)), and c + 1/2 >= 2 y with
 // y = floor(c / 2). Read as an integer, the bits of the float y are at most 2^23 (127 + log2 y): between powers of two
 // they are a chord of the concave log2. So G <= ln 2 (158 - bits / 2^23), and never more than 33 ln 2. Scaled
-// logits are bounded from above by a slope a little too flat (they are at most 0); kSlack covers every other rounding
-// in single precision.
+// logits are bounded from above by a slope a little too flat (they are at most 0), by more than they are rounded; kSlack
+// covers every other rounding in single precision.
 template <int kNumBest>
 class Search {
    public:
@@ -147,12 +148,14 @@ class Search {
     const Scored* run() {
         int32_t likeliest[kNumBest];
         const int64_t number = std::min<int64_t>(kNumBest, row_.num_tokens);
-        if (kNumBest == 1) {
+        if constexpr (kNumBest == 1) {
             likeliest[0] = int32_t(first_of(row_.logits, row_.num_tokens, largest_of(row_.logits, row_.num_tokens)));
         } else {
             best_ids(row_, number, likeliest);
         }
         for (int64_t one = 0; one < number; ++one) consider(likeliest[one], random_bits(key_, likeliest[one]));
+        // The filters may have left no more than these.
+        if (kNumBest > 1 && best_[kNumBest - 1].token < 0) return best_;
         for (int64_t first = 0; first < row_.num_tokens; first += kBlockTokens) search_block(first);
         return best_;
     }
@@ -225,7 +228,7 @@ int32_t choose_one(const float* logits, int64_t num_tokens, const SampleRow& how
 }
 
 void best_choices(const float* logits, int64_t num_tokens, const SampleRow& how, int32_t* tokens, double* shares) {
-    constexpr int kNumCompared = 8;
+    constexpr int kNumCompared = 8;  // sampling._NUM_COMPARED
     const Row row = finite_row(logits, num_tokens);
     Scored best[kNumCompared];
     if (how.temperature == 0.0) {
@@ -301,6 +304,17 @@ void SLIPSTREAM_EXPORT(choose)(const float* logits, int64_t row_stride, int64_t 
     const SampleRow* const how = static_cast<const SampleRow*>(rows);
     for_rows(num_rows, num_tokens,
              [=](int64_t row) { chosen[row] = choose_one(logits + row * row_stride, num_tokens, how[row]); });
+}
+
+// `best_choices` of each row: `tokens` and `shares` [num_rows, kNumChoices].
+void SLIPSTREAM_EXPORT(best_choices)(const float* logits, int64_t row_stride, int64_t num_rows, int64_t num_tokens,
+                                     const void* rows, int32_t* tokens, double* shares) {
+    using namespace SLIPSTREAM_ISA;
+    const SampleRow* const how = static_cast<const SampleRow*>(rows);
+    for_rows(num_rows, num_tokens, [=](int64_t row) {
+        best_choices(logits + row * row_stride, num_tokens, how[row], tokens + row * kNumChoices,
+                     shares + row * kNumChoices);
+    });
 }
 
 // Log-probabilities of `num_rows` rows named by `row_ids`: of `tokens[g]`, and of the `num_top` best of each row.
