@@ -35,7 +35,7 @@ from slipstream.models.checkpoint import Checkpoint, load_checkpoint
 from slipstream.models.config import ModelConfig
 from slipstream.telemetry import ReplicaMetrics
 from slipstream_kernels.adjacency import WIDTH
-from slipstream_kernels.sampling import host_logprobs, top_logprobs
+from slipstream_kernels.logprobs import host_logprobs, top_logprobs
 
 MODELS = ("tinystories-656k", "stories260k")
 MAX_TOKENS, QUICK_MAX_TOKENS = 200, 60

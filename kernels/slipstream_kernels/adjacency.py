@@ -19,7 +19,8 @@ from torch import Tensor
 
 from slipstream_kernels.address import address_of
 from slipstream_kernels.isa import instruction_set, is_available, typed
-from slipstream_kernels.sampling import host_logprobs, kernel_rows, top_logprobs
+from slipstream_kernels.logprobs import host_logprobs, top_logprobs
+from slipstream_kernels.sampling import kernel_rows
 
 WIDTH = 8
 """Entries of a row."""

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from slipstream_kernels.address import address_of
 from slipstream_kernels.isa import instruction_set, is_available, typed
-from slipstream_kernels.noise import WEIGHT_BITS, fixed_log, fixed_weights, gumbel_noise
+from slipstream_kernels.noise import WEIGHT_BITS, fixed_weights, gumbel_noise
 
 ROW = np.dtype(
     [
@@ -79,7 +79,6 @@ _compiled = typed(
     {
         "best_choices": (None, (_ADDRESS, _COUNT, _COUNT, _COUNT, *[_ADDRESS] * 3)),
         "choose": (None, (_ADDRESS, _COUNT, _COUNT, _COUNT, _ADDRESS, _ADDRESS)),
-        "top_logprobs": (None, (_ADDRESS, _COUNT, _COUNT, *[_ADDRESS] * 2, _COUNT, _COUNT, *[_ADDRESS] * 3)),
         "gumbel_noise": (None, (_ADDRESS, _COUNT, _ADDRESS)),
     }
 )
@@ -181,7 +180,7 @@ def noise(row: SampleRows, vocab_size: int) -> NDArray[np.float64]:
 def choose_reference(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
     """`choose` in plain torch: the definition."""
     if not rows_X["temperature"].any():
-        return _without_nan(logits_XV).argmax(dim=-1).int()
+        return without_nan(logits_XV).argmax(dim=-1).int()
     has_top_k, has_shares = _filters_of(rows_X)
     rows = device_rows(rows_X, logits_XV.device)
     return choose_on_device(logits_XV, rows, has_top_k=has_top_k, has_shares=has_shares)
@@ -241,8 +240,8 @@ def best_choices(logits_XV: Tensor, rows_X: SampleRows) -> Choices:
 
 def best_choices_reference(logits_XV: Tensor, rows_X: SampleRows) -> Choices:
     """`best_choices` in plain torch: the definition."""
-    logits_XV = _without_nan(logits_XV)
-    scores_XV = _relative(logits_XV)
+    logits_XV = without_nan(logits_XV)
+    scores_XV = relative(logits_XV)
     rows = device_rows(rows_X, logits_XV.device)
     is_greedy_X1 = (rows.temperature == 0).unsqueeze(1)
     if rows_X["temperature"].any():
@@ -264,7 +263,7 @@ def choose_on_device(logits_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, ha
 
     `has_top_k` and `has_shares` say whether any row asks for top-k, and for top-p or min-p.
     """
-    logits_XV = _without_nan(logits_XV)
+    logits_XV = without_nan(logits_XV)
     chosen_X = _perturbed(logits_XV, rows, has_top_k=has_top_k, has_shares=has_shares).argmax(dim=-1)
     return torch.where(rows.temperature == 0, logits_XV.argmax(dim=-1), chosen_X).int()
 
@@ -288,7 +287,7 @@ def probabilities(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
 
     At temperature 0 all of it is on the token that is chosen.
     """
-    logits_XV = _without_nan(logits_XV)
+    logits_XV = without_nan(logits_XV)
     rows = device_rows(rows_X, logits_XV.device)
     scaled_XV = _scaled(logits_XV, rows)
     has_top_k, has_shares = _filters_of(rows_X)
@@ -304,7 +303,7 @@ def probabilities(logits_XV: Tensor, rows_X: SampleRows) -> Tensor:
 
 def _scaled(logits_XV: Tensor, rows: DeviceRows) -> Tensor:
     """Logits less the largest of the row, over the temperature; at temperature 0 over 1."""
-    return _relative(logits_XV) / torch.where(rows.temperature == 0, 1.0, rows.temperature).unsqueeze(1)
+    return relative(logits_XV) / torch.where(rows.temperature == 0, 1.0, rows.temperature).unsqueeze(1)
 
 
 def _is_kept(logits_XV: Tensor, scaled_XV: Tensor, rows: DeviceRows, *, has_top_k: bool, has_shares: bool) -> Tensor:
@@ -319,11 +318,12 @@ def _is_kept(logits_XV: Tensor, scaled_XV: Tensor, rows: DeviceRows, *, has_top_
     return is_kept_XV
 
 
-def _without_nan(logits_XV: Tensor) -> Tensor:
+def without_nan(logits_XV: Tensor) -> Tensor:
+    """The logits, -inf in place of NaN."""
     return torch.where(logits_XV.isnan(), -torch.inf, logits_XV)
 
 
-def _relative(logits_XV: Tensor) -> Tensor:
+def relative(logits_XV: Tensor) -> Tensor:
     """Logits less the largest of the row, float64 [X, V]; exactly 0 where they equal it."""
     largest_X1 = logits_XV.amax(dim=-1, keepdim=True)
     return torch.where(logits_XV == largest_X1, 0.0, logits_XV.double() - largest_X1.double())
@@ -344,88 +344,3 @@ def _is_in_nucleus(weights_XV: Tensor, top_p_X1: Tensor) -> Tensor:
     is_within_XV = before_XV.double() < limits_X1
     is_within_XV[:, 0] = True
     return torch.zeros_like(is_within_XV).scatter(1, order_XV, is_within_XV) | (top_p_X1 >= 1)
-
-
-class TopLogprobs(NamedTuple):
-    """Log-probabilities of G rows, on the logits' device.
-
-    `logprobs_G` fp32 of the given tokens; the N most likely tokens `top_ids_GN` int32, best first, ties by lowest id,
-    and theirs, `top_logprobs_GN` fp32.
-    """
-
-    logprobs_G: Tensor
-    top_ids_GN: Tensor
-    top_logprobs_GN: Tensor
-
-
-class HostLogprobs(NamedTuple):
-    """The same as arrays."""
-
-    logprobs_G: NDArray[np.float32]
-    top_ids_GN: NDArray[np.int32]
-    top_logprobs_GN: NDArray[np.float32]
-
-
-def top_logprobs(
-    logits_XV: Tensor, rows: Sequence[int], token_ids: Sequence[int], *, num_top: int
-) -> TopLogprobs | HostLogprobs:
-    """Log-probabilities of raw logits: of one token in each of the rows named, and of the `num_top` most likely.
-
-    That is all tokens of a smaller vocabulary. Probabilities are summed in units of 2**-42 of the largest, which
-    makes a result independent of the order of the sum. Arrays where the compiled kernels can read the logits, which is
-    on the host, else tensors on their device, with no synchronisation.
-    """
-    found = kernel_rows(logits_XV)
-    num_rows, vocab_size = logits_XV.shape if found is None else (found.number, found.vocab_size)
-    if num_top < 0:
-        raise ValueError(f"num_top is {num_top}; expected a number from 0 up")
-    num_top = min(num_top, vocab_size)
-    if len(rows) != len(token_ids):
-        raise ValueError(f"{len(rows)} rows and {len(token_ids)} tokens; give one each")
-    _check_range("rows", rows, num_rows)
-    _check_range("token ids", token_ids, vocab_size)
-    if found is None:
-        return top_logprobs_reference(logits_XV, rows, token_ids, num_top=num_top)
-    rows_G, tokens_G, num_wanted = np.array(rows, np.int32), np.array(token_ids, np.int32), len(rows)
-    out = HostLogprobs(
-        np.empty(num_wanted, np.float32),
-        np.empty((num_wanted, num_top), np.int32),
-        np.empty((num_wanted, num_top), np.float32),
-    )
-    _compiled("top_logprobs", instruction_set())(
-        found.address,
-        found.stride,
-        vocab_size,
-        address_of(rows_G),
-        address_of(tokens_G),
-        num_wanted,
-        num_top,
-        *(address_of(values) for values in out),
-    )
-    return out
-
-
-def host_logprobs(said: TopLogprobs | HostLogprobs) -> HostLogprobs:
-    """The same, read from its device."""
-    if isinstance(said, HostLogprobs):
-        return said
-    return HostLogprobs(*(values.cpu().numpy() for values in said))
-
-
-def _check_range(name: str, numbers: Sequence[int], end: int) -> None:
-    if len(numbers) and (min(numbers) < 0 or max(numbers) >= end):
-        raise ValueError(f"{name} are {list(numbers)}; expected each from 0 to {end - 1}")
-
-
-def top_logprobs_reference(
-    logits_XV: Tensor, rows: Sequence[int], token_ids: Sequence[int], *, num_top: int
-) -> TopLogprobs:
-    """`top_logprobs` in plain torch: the definition."""
-    device = logits_XV.device
-    logits_GV = _without_nan(logits_XV[torch.tensor(rows, dtype=torch.int64, device=device)])
-    relative_GV = _relative(logits_GV)
-    sums_G1 = fixed_weights(relative_GV).sum(dim=-1, keepdim=True).double() * 2.0**-WEIGHT_BITS
-    logprobs_GV = (relative_GV - fixed_log(sums_G1)).float()
-    tokens_G1 = torch.tensor(token_ids, dtype=torch.int64, device=device).unsqueeze(1)
-    top_ids_GN = logits_GV.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
-    return TopLogprobs(logprobs_GV.gather(1, tokens_G1).squeeze(1), top_ids_GN.int(), logprobs_GV.gather(1, top_ids_GN))

@@ -14,7 +14,7 @@ from slipstream.engine.plan import ExpertIds, on_host
 from slipstream.engine.request import FinishReason, Request, TokenBlock
 from slipstream.engine.stops import StopStrings
 from slipstream.records import Round
-from slipstream_kernels.sampling import HostLogprobs, TopLogprobs, host_logprobs
+from slipstream_kernels.logprobs import HostLogprobs, TopLogprobs, host_logprobs
 
 OnBlock = Callable[[TokenBlock], None]
 

@@ -23,7 +23,7 @@ from slipstream.engine.plan import ExpertIds, Move, StepOutput, StepPlan
 from slipstream.engine.request import TokenLogprobs
 from slipstream.engine.sampling import RowsOfRequest, choose_tokens, target_probs
 from slipstream.verification import KeyedChance, ScoredTree, VerificationRule, equality, sound_nodes, verify
-from slipstream_kernels.sampling import top_logprobs
+from slipstream_kernels.logprobs import top_logprobs
 
 
 class Pass(msgspec.Struct, kw_only=True):

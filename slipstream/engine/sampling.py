@@ -2,7 +2,7 @@
 
 One position goes through these steps, in this order:
 
-    raw logits            log-probabilities are reported of these (`slipstream_kernels.sampling.top_logprobs`)
+    raw logits            log-probabilities are reported of these (`slipstream_kernels.logprobs.top_logprobs`)
     + logit bias
     repetition penalty    tokens of prompt or output so far: positive logits divided by it, negative multiplied
     - presence penalty    tokens of the output so far

@@ -23,9 +23,10 @@ from slipstream_kernels.adjacency import (
     remember_reference,
     vocab_size_of,
 )
+from slipstream_kernels.logprobs import host_logprobs, top_logprobs
 from slipstream_kernels.noise import gumbel_noise
 from slipstream_kernels.recycling import NO_PARENT, Grown, GrowthRule, Template, grow, grow_reference, noise_of_tokens
-from slipstream_kernels.sampling import SampleRows, host_logprobs, row_bytes, sample_rows, top_logprobs
+from slipstream_kernels.sampling import SampleRows, row_bytes, sample_rows
 
 PLAIN_RULE = GrowthRule(depth_penalty=0.0, rank_share=0.0)
 BINARY = Template(

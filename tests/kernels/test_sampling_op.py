@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 import slipstream_kernels
+from slipstream_kernels.logprobs import HostLogprobs, TopLogprobs, top_logprobs, top_logprobs_reference
 from slipstream_kernels.noise import gumbel_noise
 from slipstream_kernels.sampling import (
-    HostLogprobs,
     SampleRows,
-    TopLogprobs,
     best_choices,
     best_choices_reference,
     choose,
@@ -24,8 +23,6 @@ from slipstream_kernels.sampling import (
     noise,
     row_bytes,
     sample_rows,
-    top_logprobs,
-    top_logprobs_reference,
 )
 
 VOCAB_SIZES = [1, 2, 7, 63, 64, 65, 4096, 32000]

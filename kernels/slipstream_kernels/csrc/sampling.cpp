@@ -1,5 +1,5 @@
-// Choosing tokens and reporting log-probabilities; slipstream_kernels/sampling.py is the definition, of all
-// but shares bit for bit.
+// Choosing tokens and reporting log-probabilities; slipstream_kernels/sampling.py and logprobs.py are the definition, of
+// all but shares bit for bit.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
