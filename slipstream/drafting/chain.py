@@ -133,8 +133,8 @@ class ChainDrafter:
         first, drafted = self._drafted[slot]
         if drafted:
             came = token_ids[first : first + len(drafted)]
-            is_right = [token == guess for token, guess in zip(came, drafted, strict=False)]
-            self._num_cached[slot] = first + (is_right.index(False) if False in is_right else len(came))
+            is_right = [*(token == guess for token, guess in zip(came, drafted, strict=False)), False]
+            self._num_cached[slot] = first + is_right.index(False)
             self._drafted[slot] = 0, []
         self._num_cached[slot] = min(self._num_cached[slot], len(token_ids) - 1)
 

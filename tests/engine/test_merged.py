@@ -33,6 +33,8 @@ pytestmark = pytest.mark.usefixtures("exact_kernels")
 
 SIZES = msgspec.structs.replace(LIMITS, num_draft_tokens=8)
 
+ALWAYS_WORTH = ChainWorth(0.0, 0.0, *np.ones((2, 8, 12)))
+
 SAMPLINGS = [
     SamplingParams(seed=3, max_tokens=20, temperature=temperature, **filters)  # type: ignore[arg-type]
     for temperature, filters in ((0.0, {}), (1.0, {}), (0.7, {"top_p": 0.8}), (1.5, {"top_k": 20, "min_p": 0.01}))
@@ -288,19 +290,18 @@ def test_a_draft_that_fell_behind_reads_a_window_and_drafts_what_it_would_have_d
 def test_a_draft_goes_on_as_if_it_had_read_the_text_where_another_token_came(
     sibling: Checkpoint, prompts: Prompts, sampling: SamplingParams
 ) -> None:
-    worth = ChainWorth(0.0, 0.0, *np.ones((2, 8, 12)))
     drafter, fresh = _chains(sibling, None), _chains(sibling, None)
     contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(2)]
-    drafted = drafter.draft(contexts, max_tokens=6, worth=worth).token_ids_BSR[:, :, 0].tolist()
+    drafted = drafter.draft(contexts, max_tokens=6, worth=ALWAYS_WORTH).token_ids_BSR[:, :, 0].tolist()
     for num_right, num_behind in ((2, 2), (2, 0), (0, 0), (6, 0)):
         for slot, ids in enumerate(drafted):
             wrong = [token ^ 1 for token in ids[num_right : num_right + 1]]
             behind = ids[num_right + 1 : num_right + 1 + num_behind]
             text = [*contexts[slot].token_ids, *ids[:num_right], *wrong, *behind]
             contexts[slot] = msgspec.structs.replace(contexts[slot], token_ids=text)
-        chains = drafter.draft(contexts, max_tokens=6, worth=worth)
+        chains = drafter.draft(contexts, max_tokens=6, worth=ALWAYS_WORTH)
         assert drafter.was_level, "what was right is not computed again"
-        for one, other in zip(chains, fresh.draft(contexts, max_tokens=6, worth=worth), strict=True):
+        for one, other in zip(chains, fresh.draft(contexts, max_tokens=6, worth=ALWAYS_WORTH), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-12)
         for slot in range(2):
             fresh.release(slot)
@@ -334,12 +335,11 @@ def test_chains_that_are_not_worth_a_pass_end_alike_in_one_call_and_token_by_tok
 
 
 def test_a_chain_is_drawn_with_the_filters_of_its_request(sibling: Checkpoint, prompts: Prompts) -> None:
-    worth = ChainWorth(0.0, 0.0, *np.ones((2, 8, 12)))
     greedy, filtered = (
         SamplingParams(seed=3, max_tokens=20, temperature=temperature, top_k=1) for temperature in (0.0, 5.0)
     )
     contexts = [DraftContext(slot, prompts[0], one, 6, 6) for slot, one in enumerate((greedy, filtered))]
-    chains = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth)
+    chains = _chains(sibling, None).draft(contexts, max_tokens=6, worth=ALWAYS_WORTH)
     assert chains.token_ids_BSR[0, :, 0].tolist() == chains.token_ids_BSR[1, :, 0].tolist()
     assert (chains.token_ids_BSR[1, :, 1] == -1).all()
     assert (chains.scores_BSR[1] == [1.0, 0.0]).all()
@@ -356,11 +356,10 @@ def test_a_chain_ends_with_the_token_that_ends_the_output(
         monkeypatch.setattr("slipstream.drafting.chain.NativeDecoder", type("NoDecoder", (), {}))
     sampling = SamplingParams(seed=3, max_tokens=20)
     contexts = [DraftContext(slot, prompts[slot], sampling, 6, 6) for slot in range(3)]
-    worth = ChainWorth(0.0, 0.0, *np.ones((2, 8, 12)))
-    whole = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth).token_ids_BSR[:, :, 0].tolist()
+    whole = _chains(sibling, None).draft(contexts, max_tokens=6, worth=ALWAYS_WORTH).token_ids_BSR[:, :, 0].tolist()
     stopping = msgspec.structs.replace(sampling, stop_token_ids=(4095, whole[1][2]))
     contexts[1] = msgspec.structs.replace(contexts[1], sampling=stopping)
-    ended = _chains(sibling, None).draft(contexts, max_tokens=6, worth=worth)
+    ended = _chains(sibling, None).draft(contexts, max_tokens=6, worth=ALWAYS_WORTH)
     assert ended.lengths_B.tolist() == [6, 1 + whole[1].index(whole[1][2]), 6]
     for ids, like, length in zip(ended.token_ids_BSR[:, :, 0].tolist(), whole, ended.lengths_B.tolist(), strict=True):
         assert ids[:length] == like[:length]
