@@ -13,72 +13,102 @@ namespace {
 
 constexpr size_t kHugePage = size_t(1) << 21;
 constexpr int kPrefetchBytes = 4096;  // a page ahead: hardware prefetchers stop at page borders
+constexpr int kLine = 64;
 
-template <int kBytes>
-inline void prefetch_ahead(const char* at) {
-    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(at + kPrefetchBytes + line, 0, 3);
+// Up to this many rows take all strips of a panel at once: a tile of few sums would wait for its own additions.
+constexpr int kFewRows = 2;
+
+// Where the weights of a step lie: vector v belongs to strip v / kStripVectors.
+struct Weights {
+    const char* data;
+    size_t strip_bytes;
+
+    template <int kVectorBytes>
+    const char* vector(int v) const {
+        return data + v / kStripVectors * strip_bytes + v % kStripVectors * kVectorBytes;
+    }
+};
+
+constexpr Words kOddHalf = Words{} + 0xFFFF0000u;
+const volatile Words kOddHalfInMemory = kOddHalf;
+
+// A tile of the largest size leaves no register for the mask, and a compiler that keeps it in one spills a sum instead.
+template <int kRows, int kWidth>
+inline Words odd_half() {
+    if constexpr (kRows * kWidth < kMaxTileRows * kStripVectors) return kOddHalf;
+    return kOddHalfInMemory;
+}
+
+template <int kRows, int kWidth>
+inline void accumulate(const Floats (&weight)[kWidth], const float* const* x, int i, Floats (&sums)[kRows][kWidth]) {
+    for (int row = 0; row < kRows; ++row) {
+        const Floats value = splat(x[row][i]);
+        for (int v = 0; v < kWidth; ++v) sums[row][v] = fma(weight[v], value, sums[row][v]);
+    }
 }
 
 // One step of the inner loop for bf16: the even index comes first.
-template <int kRows>
-inline void accumulate_pair(const char* weights, const float* const* x, int i, Floats (&sums)[kRows][kVectors]) {
-    Floats even[kVectors], odd[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-        Words pair;
-        std::memcpy(&pair, weights + v * sizeof pair, sizeof pair);
-        even[v] = (Floats)(pair << 16);
-        odd[v] = (Floats)(pair & 0xFFFF0000u);
+template <int kRows, int kWidth>
+inline void accumulate_pair(Weights weights, const float* const* x, int i, Floats (&sums)[kRows][kWidth]) {
+    Floats half[kWidth];
+    Words pair;
+    for (int v = 0; v < kWidth; ++v) {
+        std::memcpy(&pair, weights.vector<sizeof pair>(v), sizeof pair);
+        half[v] = (Floats)(pair << 16);
     }
-    for (int row = 0; row < kRows; ++row) {
-        const Floats first = splat(x[row][i]), second = splat(x[row][i + 1]);
-        for (int v = 0; v < kVectors; ++v) sums[row][v] = fma(even[v], first, sums[row][v]);
-        for (int v = 0; v < kVectors; ++v) sums[row][v] = fma(odd[v], second, sums[row][v]);
+    accumulate(half, x, i, sums);
+    const Words mask = odd_half<kRows, kWidth>();
+    for (int v = 0; v < kWidth; ++v) {
+        std::memcpy(&pair, weights.vector<sizeof pair>(v), sizeof pair);
+        half[v] = (Floats)(pair & mask);
     }
+    accumulate(half, x, i + 1, sums);
 }
 
-template <int kRows, class Weight>
-inline void accumulate_one(const char* weights, const float* const* x, int i, Floats (&sums)[kRows][kVectors]) {
-    Floats weight[kVectors];
-    for (int v = 0; v < kVectors; ++v) weight[v] = load(reinterpret_cast<const Weight*>(weights) + v * kLanes);
-    for (int row = 0; row < kRows; ++row) {
-        const Floats value = splat(x[row][i]);
-        for (int v = 0; v < kVectors; ++v) sums[row][v] = fma(weight[v], value, sums[row][v]);
+template <class Weight, int kRows, int kWidth>
+inline void accumulate_one(Weights weights, const float* const* x, int i, Floats (&sums)[kRows][kWidth]) {
+    Floats weight[kWidth];
+    for (int v = 0; v < kWidth; ++v) {
+        weight[v] = load(reinterpret_cast<const Weight*>(weights.vector<kLanes * sizeof(Weight)>(v)));
     }
+    accumulate(weight, x, i, sums);
 }
 
-// `scales` of the outputs are read with int8 only.
-template <int kRows, SlipstreamType kType>
-void tile(const char* weights, const float* scales, const float* const* x, int inner, float* out) {
-    Floats sums[kRows][kVectors] = {};
-    constexpr int kStep = kType == kBf16 ? 2 : 1, kBytes = kPanel * (kType == kInt8 ? 1 : 4);
+// The outputs of kStrips strips for kRows rows; `scales` of the outputs are read with int8 only.
+template <int kRows, int kStrips, SlipstreamType kType>
+void tile(Weights weights, const float* scales, const float* const* x, int inner, float* out) {
+    constexpr int kWidth = kStrips * kStripVectors;
+    constexpr int kStep = kType == kBf16 ? 2 : 1, kBytes = kStrip * (kType == kInt8 ? 1 : 4);
+    Floats sums[kRows][kWidth] = {};
     for (int i = 0; i < inner; i += kStep) {
-        prefetch_ahead<kBytes>(weights);
-        if constexpr (kType == kBf16) {
-            accumulate_pair<kRows>(weights, x, i, sums);
-        } else {
-            accumulate_one<kRows, std::conditional_t<kType == kInt8, int8_t, float>>(weights, x, i, sums);
+        if (i / kStep * kBytes % kLine == 0) {
+            for (int strip = 0; strip < kStrips; ++strip) {
+                const char* const ahead = weights.data + strip * weights.strip_bytes + kPrefetchBytes;
+                for (int line = 0; line < kBytes; line += kLine) __builtin_prefetch(ahead + line, 0, 3);
+            }
         }
-        weights += kBytes;
+        if constexpr (kType == kBf16) {
+            accumulate_pair(weights, x, i, sums);
+        } else {
+            accumulate_one<std::conditional_t<kType == kInt8, int8_t, float>>(weights, x, i, sums);
+        }
+        weights.data += kBytes;
     }
     for (int row = 0; row < kRows; ++row) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kWidth; ++v) {
             if constexpr (kType == kInt8) sums[row][v] = sums[row][v] * load(scales + v * kLanes);
             store(out + row * kPanel + v * kLanes, sums[row][v]);
         }
     }
 }
 
-template <SlipstreamType kType>
-void tile_of(int num_rows, const char* weights, const float* scales, const float* const* x, int inner, float* out) {
-    switch (num_rows) {
-        case 1: return tile<1, kType>(weights, scales, x, inner, out);
-        case 2: return tile<2, kType>(weights, scales, x, inner, out);
-        case 3: return tile<3, kType>(weights, scales, x, inner, out);
-#if defined(__AVX512F__)
-        case 4: return tile<4, kType>(weights, scales, x, inner, out);
-        case 5: return tile<5, kType>(weights, scales, x, inner, out);
-        case 6: return tile<6, kType>(weights, scales, x, inner, out);
-#endif
+// All strips of a panel for kRows rows.
+template <int kRows, SlipstreamType kType>
+void panel_of(Weights weights, const float* scales, const float* const* x, int inner, float* out) {
+    constexpr int kStrips = kRows <= kFewRows ? kPanel / kStrip : 1;
+    for (int first = 0; first < kPanel; first += kStrips * kStrip) {
+        tile<kRows, kStrips, kType>(weights, scales + (kType == kInt8 ? first : 0), x, inner, out + first);
+        weights.data += kStrips * weights.strip_bytes;
     }
 }
 
@@ -100,13 +130,14 @@ Packed::~Packed() { std::free(data_); }
 bool Packed::pack(const Source& source, int inner, const int* order, int num_outputs) {
     const int padded_inner = source.packed_type == kBf16 ? (inner + 1) / 2 * 2 : inner;
     const int num_panels = (num_outputs + kPanel - 1) / kPanel;
-    const size_t panel_bytes = size_t(padded_inner) * kPanel * bytes_of(source.packed_type);
-    char* const data = static_cast<char*>(allocate(panel_bytes * num_panels));
+    const size_t strip_bytes = size_t(padded_inner) * kStrip * bytes_of(source.packed_type);
+    const size_t num_bytes = strip_bytes * (kPanel / kStrip) * num_panels;
+    char* const data = static_cast<char*>(allocate(num_bytes));
     if (data == nullptr) return false;
     std::free(data_);
-    std::memset(data, 0, panel_bytes * num_panels);
+    std::memset(data, 0, num_bytes);
     data_ = data;
-    panel_bytes_ = panel_bytes;
+    strip_bytes_ = strip_bytes;
     num_panels_ = num_panels;
     num_outputs_ = num_outputs;
     inner_ = padded_inner;
@@ -121,14 +152,14 @@ bool Packed::pack(const Source& source, int inner, const int* order, int num_out
 }
 
 void Packed::pack_output(const Source& source, size_t first, int inner, int output) {
-    char* const panel = data_ + size_t(output / kPanel) * panel_bytes_;
+    char* const strip = strip_of(output);
     for (int i = 0; i < inner; ++i) {
         if (type_ == kBf16) {
-            const size_t word = size_t(i / 2) * kPanel + output % kPanel;
+            const size_t word = size_t(i / 2) * kStrip + output % kStrip;
             const uint16_t* const bits = static_cast<const uint16_t*>(source.data) + first;
-            reinterpret_cast<uint16_t*>(panel)[word * 2 + i % 2] = bits[i];
+            reinterpret_cast<uint16_t*>(strip)[word * 2 + i % 2] = bits[i];
         } else {
-            reinterpret_cast<float*>(panel)[size_t(i) * kPanel + output % kPanel] = source.at(first + i);
+            reinterpret_cast<float*>(strip)[size_t(i) * kStrip + output % kStrip] = source.at(first + i);
         }
     }
 }
@@ -138,23 +169,37 @@ void Packed::pack_rounded(const Source& source, size_t first, int inner, int out
     for (int i = 0; i < inner; ++i) largest = std::max(largest, std::fabs(source.at(first + i)));
     const float scale = std::max(largest / 127.0f, FLT_MIN);
     scales_[output] = scale;
-    int8_t* const panel = reinterpret_cast<int8_t*>(data_ + size_t(output / kPanel) * panel_bytes_);
+    int8_t* const strip = reinterpret_cast<int8_t*>(strip_of(output));
     for (int i = 0; i < inner; ++i) {
-        panel[size_t(i) * kPanel + output % kPanel] = int8_t(std::lrint(source.at(first + i) / scale));
+        strip[size_t(i) * kStrip + output % kStrip] = int8_t(std::lrint(source.at(first + i) / scale));
     }
 }
 
+template <SlipstreamType kType>
+void Packed::product_of(int panel, const float* const* rows, int num_rows, float* out) const {
+    const Weights weights{strip_of(panel * kPanel), strip_bytes_};
+    const float* const scales = kType == kInt8 ? &scales_[size_t(panel) * kPanel] : nullptr;
+    switch (num_rows) {
+        case 1: return panel_of<1, kType>(weights, scales, rows, inner_, out);
+        case 2: return panel_of<2, kType>(weights, scales, rows, inner_, out);
+        case 3: return panel_of<3, kType>(weights, scales, rows, inner_, out);
+        case 4: return panel_of<4, kType>(weights, scales, rows, inner_, out);
+        case 5: return panel_of<5, kType>(weights, scales, rows, inner_, out);
+        case 6: return panel_of<6, kType>(weights, scales, rows, inner_, out);
+    }
+    static_assert(kMaxTileRows == 6);
+}
+
 void Packed::product(int panel, const float* const* rows, int num_rows, float* out) const {
-    const char* const weights = data_ + size_t(panel) * panel_bytes_;
     // Even tiles: 7 rows run as 4 and 3, since a tile of one row costs as much memory traffic as one of six.
     const int num_tiles = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
     for (int first = 0, left = num_tiles; left > 0; --left) {
         const int size = (num_rows - first + left - 1) / left;
         float* const to = out + size_t(first) * kPanel;
         switch (type_) {
-            case kFp32: tile_of<kFp32>(size, weights, nullptr, rows + first, inner_, to); break;
-            case kBf16: tile_of<kBf16>(size, weights, nullptr, rows + first, inner_, to); break;
-            case kInt8: tile_of<kInt8>(size, weights, &scales_[size_t(panel) * kPanel], rows + first, inner_, to); break;
+            case kFp32: product_of<kFp32>(panel, rows + first, size, to); break;
+            case kBf16: product_of<kBf16>(panel, rows + first, size, to); break;
+            case kInt8: product_of<kInt8>(panel, rows + first, size, to); break;
         }
         first += size;
     }

@@ -16,7 +16,9 @@
 namespace SLIPSTREAM_ISA {
 
 constexpr int kVectors = 4;
-constexpr int kPanel = kVectors * kLanes;  // outputs that are computed together
+constexpr int kPanel = kVectors * kLanes;        // outputs that one task computes
+constexpr int kStrip = kStripVectors * kLanes;   // outputs whose weights lie together
+static_assert(kPanel % kStrip == 0);
 
 // Floats from one row to the next of what a product reads. Rows a power of two apart would all fall into the same few
 // lines of the first-level cache; one line more spreads them.
@@ -33,9 +35,9 @@ struct Source {
     }
 };
 
-// A weight matrix [outputs, inner] in panels, each contiguous: for every pair of inner indices, kPanel words that hold
-// two bf16 (the even index in the low half); or for every inner index kPanel fp32 or int8. A pass reads it once, in
-// order. With int8, weight = scale of its output * integer, the largest of an output being 127.
+// A weight matrix [outputs, inner] in strips of kStrip outputs, each contiguous: for every pair of inner indices, kStrip
+// words that hold two bf16 (the even index in the low half); or for every inner index kStrip fp32 or int8. A pass reads
+// it once, in order. With int8, weight = scale of its output * integer, the largest of an output being 127.
 class Packed {
    public:
     Packed() = default;
@@ -54,13 +56,18 @@ class Packed {
     void product(int panel, const float* const* rows, int num_rows, float* out) const;
 
    private:
+    char* strip_of(int output) const { return data_ + size_t(output / kStrip) * strip_bytes_; }
+
+    template <SlipstreamType kType>
+    void product_of(int panel, const float* const* rows, int num_rows, float* out) const;
+
     // `first` is where the output's row begins in the source.
     void pack_output(const Source& source, size_t first, int inner, int output);
     void pack_rounded(const Source& source, size_t first, int inner, int output);
 
     char* data_ = nullptr;
     std::vector<float> scales_;  // of outputs, padded to panels; only with int8
-    size_t panel_bytes_ = 0;
+    size_t strip_bytes_ = 0;
     int num_panels_ = 0, num_outputs_ = 0, inner_ = 0;
     SlipstreamType type_ = kFp32;
 };

@@ -13,15 +13,17 @@
 
 namespace SLIPSTREAM_ISA {
 
+// A tile of a product keeps kMaxTileRows rows x kStripVectors vectors of sums in registers, beside the weights they are
+// made of and one input.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kMaxTileRows = 6;  // 6 rows x 4 vectors of accumulators leave 8 of 32 registers for weights and inputs
+constexpr int kStripVectors = 4, kMaxTileRows = 6;  // 24 of 32 registers are sums
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
-constexpr int kMaxTileRows = 3;  // 3 x 4 of 16 registers
+constexpr int kStripVectors = 2, kMaxTileRows = 6;  // 12 of 16
 #else
 constexpr int kLanes = 4;
-constexpr int kMaxTileRows = 3;
+constexpr int kStripVectors = 2, kMaxTileRows = 6;
 #endif
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
@@ -48,7 +50,16 @@ inline Floats load(const int8_t* from) {
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
-inline Floats splat(float value) { return Floats{} + value; }
+// Not `Floats{} + value`: an addition of zero is no broadcast to a compiler that respects -0.
+inline Floats splat(float value) {
+#if defined(__AVX512F__)
+    return _mm512_set1_ps(value);
+#elif defined(__AVX2__)
+    return _mm256_set1_ps(value);
+#else
+    return Floats{value, value, value, value};
+#endif
+}
 
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
