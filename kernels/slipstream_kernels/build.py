@@ -2,7 +2,8 @@
 
 Every source but those of BASELINE is compiled once per instruction set, with SLIPSTREAM_ISA naming its namespace, and
 exports its functions as `slipstream_<name>_<set>`; which set runs is chosen when a function is looked up. The library
-is kept under SLIPSTREAM_KERNEL_CACHE (default: the user's cache directory) by a digest of sources, compiler and flags.
+is kept under SLIPSTREAM_KERNEL_CACHE (default: the user's cache directory) by a digest of sources, compiler, flags and
+this file.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _cache_directory() -> Path:
 
 def _digest(sources: Path, compiler: str) -> str:
     digest = hashlib.sha256()
-    for path in sorted(sources.iterdir()):
+    for path in (Path(__file__), *sorted(sources.iterdir())):
         digest.update(path.name.encode() + path.read_bytes())
     version = _run([compiler, "--version"]).splitlines()[:1]
     digest.update(repr((version, _FLAGS, _ISA_FLAGS, platform.machine())).encode())
@@ -128,11 +129,15 @@ def _compile(sources: Path, compiler: str, scratch: Path) -> Path:
 
 
 def _units(sources: Path) -> list[tuple[Path, str]]:
-    """(source, instruction set) pairs to compile."""
-    return [
-        (source, isa)
-        for source in sorted(sources.glob("*.cpp"))
-        for isa in (("baseline",) if source.name in BASELINE else instruction_sets())
+    """(source, instruction set) pairs to compile and to link in this order: the least set first, the best one last.
+
+    The sets share functions that are no code of ours, instantiated from the standard library. A linker keeps the first
+    one it meets, so every set gets one that runs wherever the set itself runs.
+    """
+    found = sorted(sources.glob("*.cpp"))
+    once = [(source, "baseline") for source in found if source.name in BASELINE]
+    return once + [
+        (source, isa) for isa in reversed(instruction_sets()) for source in found if source.name not in BASELINE
     ]
 
 

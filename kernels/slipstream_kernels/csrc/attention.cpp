@@ -5,8 +5,10 @@
 namespace SLIPSTREAM_ISA {
 namespace {
 
-constexpr int kGroup = 4;  // blocks, or ancestors, whose sums run side by side to hide the latency of an addition
+// What runs side by side to hide the latency of an addition: four sums a head, as many as stay in registers.
 constexpr int kBlockVectors = kBlock / kLanes;
+constexpr int kBlocks = std::max(4 / kBlockVectors, 1);
+constexpr int kNodes = 4;
 
 // kHeads query heads of one row that run side by side: what is loaded for one serves the other.
 template <int kHeads>
@@ -77,10 +79,10 @@ struct Heads {
         const float scale = 1.0f / std::sqrt(float(head_dim));
         const int num_blocks = (query.num_committed + kBlock - 1) / kBlock;
         int b = 0;
-        for (; b + kGroup <= num_blocks; b += kGroup) score_blocks<kGroup>(b, num_blocks, scale);
+        for (; b + kBlocks <= num_blocks; b += kBlocks) score_blocks<kBlocks>(b, num_blocks, scale);
         for (; b < num_blocks; ++b) score_blocks<1>(b, num_blocks, scale);
         int a = 0;
-        for (; a + kGroup <= query.num_ancestors; a += kGroup) score_nodes<kGroup>(a, scale);
+        for (; a + kNodes <= query.num_ancestors; a += kNodes) score_nodes<kNodes>(a, scale);
         for (; a < query.num_ancestors; ++a) score_nodes<1>(a, scale);
     }
 
