@@ -1,4 +1,6 @@
-"""The engine beside its peers and its floors, over sizes of one function: `python -m benchmarks.engine [--quick]`.
+"""The engine beside its peers and its floors: `python -m benchmarks.engine [--quick] [--size NAME]`.
+
+Sizes are widened copies of one function each; `--size` takes one of them alone, as in "mix-moe-11m x4".
 
 Every system runs in a process of its own with two threads, on the same bf16 weights and token ids. For plain decoding
 all stay loaded and take turns within seconds, because the memory of a rented machine is now half, now twice as fast;
@@ -189,11 +191,14 @@ def main() -> int:
     """Measure, print, store and judge; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two sizes and three rounds, at most three minutes")
+    parser.add_argument("--size", metavar="NAME", choices=[size.name for size in SIZES], help="one size alone")
     arguments = parser.parse_args()
     if not slipstream_kernels.is_available():
         progress(f"nothing to measure: {slipstream_kernels.why_unavailable()}")
         return 1
     plan = plan_of(is_quick=arguments.quick)
+    if arguments.size:
+        plan = msgspec.structs.replace(plan, sizes=tuple(size for size in SIZES if size.name == arguments.size))
     measured = [measure(size, plan, RESULTS / "models") for size in plan.sizes]
     results = [each for each in measured if each is not None]
     draw(results, RESULTS / "engine.png")

@@ -13,6 +13,7 @@ from benchmarks.engine_costs import bytes_read, multiply_adds
 from benchmarks.engine_sizes import WIDENED, Prepared
 from benchmarks.peers.protocol import Timing
 from benchmarks.report import Goal, Table
+from slipstream_kernels import instruction_set
 
 mpl.use("Agg")
 import itertools
@@ -182,7 +183,12 @@ def _pass_table(results: Sequence[Measured]) -> Table:
                     _number(pass_ratio(each, LLAMA, number)),
                 )
             )
-    return Table(columns=columns, rows=tuple(rows), caption=f"A pass over n tokens as multiples of one; {WIDENED}.")
+    rate = statistics.median(each.multiply_adds_per_s for each in results) / 1e9
+    caption = (
+        f"A pass over n tokens as multiples of one; {instruction_set()}, {rate:.1f} billion multiply-adds a second; "
+        f"{WIDENED}."
+    )
+    return Table(columns=columns, rows=tuple(rows), caption=caption)
 
 
 def _batch_table(results: Sequence[Measured]) -> Table:
