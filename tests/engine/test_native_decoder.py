@@ -173,8 +173,10 @@ MUTANTS = {
     "the order of a product depends on the number of rows": (
         "matmul.cpp",
         [
-            ("fma(even[v], first,", "fma(kRows > 2 ? odd[v] : even[v], kRows > 2 ? second : first,"),
-            ("fma(odd[v], second,", "fma(kRows > 2 ? even[v] : odd[v], kRows > 2 ? first : second,"),
+            ("(Floats)(pair << 16)", "(Floats)(kRows > 2 ? pair & kOddHalf : pair << 16)"),
+            ("accumulate(half, x, i, sums)", "accumulate(half, x, i + (kRows > 2), sums)"),
+            ("(Floats)(pair & mask)", "(Floats)(kRows > 2 ? pair << 16 : pair & mask)"),
+            ("accumulate(half, x, i + 1, sums)", "accumulate(half, x, i + (kRows <= 2), sums)"),
         ],
     ),
     "ancestors are summed from the deepest up": (

@@ -64,16 +64,13 @@ struct ExpertPass {
     const Experts& experts;
     const Routing& routing;
 
-    // One product per active expert with the choices that fell on it; a task is a panel of an expert.
-    //
-    // Tasks are taken from both ends in turn: experts with many rows keep a core busy, those with few wait for memory,
-    // and side by side they need both at once.
+    // One product per active expert with the choices that fell on it; a task is a panel of an expert. Experts with many
+    // rows come first and keep a core busy, those with few wait for memory: side by side they need both at once.
     template <class Input, class Take>
     void product(Phases& phases, const std::vector<Packed>& matrices, Input input, Take take) const {
-        const int num_panels = matrices[0].num_panels(), num_tasks = *routing.num_active * num_panels;
-        phases.run(num_tasks, [&](int task) {
-            const int place = task % 2 == 0 ? task / 2 : num_tasks - 1 - task / 2;
-            const int expert = routing.active[place / num_panels], panel = place % num_panels;
+        const int num_panels = matrices[0].num_panels();
+        phases.run(*routing.num_active * num_panels, [&](int task) {
+            const int expert = routing.active[task / num_panels], panel = task % num_panels;
             const int first = routing.starts[expert], count = routing.starts[expert + 1] - first;
             const int32_t* const mine = routing.choices + first;
             panel_product(

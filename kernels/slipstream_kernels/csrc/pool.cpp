@@ -38,13 +38,13 @@ class Pool {
     void run(Pass pass, void* context) {
         std::lock_guard<std::mutex> one_at_a_time(callers_);
         for (int phase = 0; phase < num_used_; ++phase) {
-            counters_[phase].next.store(0, std::memory_order_relaxed);
+            counters_[phase].taken.store(0, std::memory_order_relaxed);
             counters_[phase].done.store(0, std::memory_order_relaxed);
         }
         pass_ = pass;
         context_ = context;
         if (size_ > 1) open();
-        Phases phases(counters_.get(), 0);
+        Phases phases(counters_.get(), 0, size_);
         pass(context, phases);
         num_used_ = phases.num_run();
         if (size_ > 1) close();
@@ -72,7 +72,7 @@ class Pool {
             if (is_stopping_.load()) return;
             num_inside_.fetch_add(1);
             if (is_open_.load()) {
-                Phases phases(counters_.get(), thread);
+                Phases phases(counters_.get(), thread, size_);
                 pass_(context_, phases);
             }
             num_inside_.fetch_sub(1);

@@ -1,11 +1,15 @@
 // Threads that share the work of one forward pass.
 //
-// A pass is a sequence of phases, a phase a number of tasks. Threads take tasks from a counter, so who computes what is
-// left to chance; results are not, because every output is computed by one task in a fixed order. A phase is over when
-// all its tasks are done, not when all threads have arrived: a thread that the system has not scheduled yet delays
-// nobody, and joins in whatever phase it finds.
+// A pass is a sequence of phases, a phase a number of tasks. Threads take tasks as they come, so who computes what is left
+// to chance; results are not, because every output is computed by one task in a fixed order. A phase is over when all its
+// tasks are done, not when all threads have arrived: a thread that the system has not scheduled yet delays nobody, and
+// joins in whatever phase it finds.
+//
+// Neighbouring tasks read neighbouring memory, so a thread takes several at once, ever fewer towards the end; and half the
+// threads take them from the end, so that where tasks differ along the way, different ones run side by side.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -19,14 +23,20 @@ class Phases;
 using Pass = void (*)(void* context, Phases& phases);
 
 struct PhaseCounters {
-    alignas(64) std::atomic<int32_t> next{0};
+    alignas(64) std::atomic<uint64_t> taken{0};  // tasks taken from the front, and from the end in the upper half
     alignas(64) std::atomic<int32_t> done{0};
+};
+
+// Tasks first <= index < end.
+struct Tasks {
+    int32_t first, end;
 };
 
 // One thread's walk through the phases of a pass.
 class Phases {
    public:
-    Phases(PhaseCounters* counters, int thread) : counters_(counters), thread_(thread) {}
+    Phases(PhaseCounters* counters, int thread, int num_threads)
+        : counters_(counters), thread_(thread), num_threads_(num_threads) {}
 
     int thread() const { return thread_; }
     int num_run() const { return phase_; }
@@ -36,9 +46,10 @@ class Phases {
     template <class Task, class Finish>
     void run(int num_tasks, Task task, Finish finish) {
         PhaseCounters& phase = counters_[phase_++];
-        for (int index = phase.next.fetch_add(1); index < num_tasks; index = phase.next.fetch_add(1)) {
-            task(index);
-            if (phase.done.fetch_add(1) + 1 == num_tasks) {
+        for (Tasks tasks = take(phase, num_tasks); tasks.first < tasks.end; tasks = take(phase, num_tasks)) {
+            for (int32_t index = tasks.first; index < tasks.end; ++index) task(index);
+            const int32_t number = tasks.end - tasks.first;
+            if (phase.done.fetch_add(number) + number == num_tasks) {
                 finish();
                 phase.done.store(kPublished, std::memory_order_release);
             }
@@ -54,10 +65,28 @@ class Phases {
    private:
     static constexpr int32_t kPublished = INT32_MAX;
 
+    // Of what is left, a thread takes one part in so many as there are threads, times this.
+    static constexpr int32_t kPartsPerThread = 2;
+
+    // The next tasks for this thread; none if all are taken.
+    Tasks take(PhaseCounters& phase, int32_t num_tasks) {
+        uint64_t taken = phase.taken.load();
+        while (true) {
+            const int32_t front = int32_t(taken), back = int32_t(taken >> 32), left = num_tasks - front - back;
+            if (left <= 0) return {0, 0};
+            const int32_t number = std::max(left / (kPartsPerThread * num_threads_), 1);
+            const bool is_from_end = thread_ % 2 == 1;
+            if (phase.taken.compare_exchange_weak(taken, taken + (uint64_t(number) << (is_from_end ? 32 : 0)))) {
+                const int32_t first = is_from_end ? num_tasks - back - number : front;
+                return {first, first + number};
+            }
+        }
+    }
+
     void wait_for(PhaseCounters& phase);
 
     PhaseCounters* counters_;
-    int thread_;
+    int thread_, num_threads_;
     int phase_ = 0;
 };
 
