@@ -32,10 +32,10 @@ struct Weights {
 constexpr Words kOddHalf = Words{} + 0xFFFF0000u;
 const volatile Words kOddHalfInMemory = kOddHalf;
 
-// A tile of the largest size leaves no register for the mask, and a compiler that keeps it in one spills a sum instead.
+// Where sums, weights, an input and the mask would take every register, a compiler that keeps the mask in one spills a sum.
 template <int kRows, int kWidth>
 inline Words odd_half() {
-    if constexpr (kRows * kWidth < kMaxTileRows * kStripVectors) return kOddHalf;
+    if constexpr (kRows * kWidth + kWidth + 2 < kRegisters) return kOddHalf;
     return kOddHalfInMemory;
 }
 

@@ -16,8 +16,8 @@
 namespace SLIPSTREAM_ISA {
 
 constexpr int kVectors = 4;
-constexpr int kPanel = kVectors * kLanes;        // outputs that one task computes
-constexpr int kStrip = kStripVectors * kLanes;   // outputs whose weights lie together
+constexpr int kPanel = kVectors * kLanes;       // outputs that one task computes
+constexpr int kStrip = kStripVectors * kLanes;  // outputs whose weights lie together
 static_assert(kPanel % kStrip == 0);
 
 // Floats from one row to the next of what a product reads. Rows a power of two apart would all fall into the same few

@@ -17,13 +17,13 @@ namespace SLIPSTREAM_ISA {
 // made of and one input.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kStripVectors = 4, kMaxTileRows = 6;  // 24 of 32 registers are sums
+constexpr int kRegisters = 32, kStripVectors = 4, kMaxTileRows = 6;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
-constexpr int kStripVectors = 2, kMaxTileRows = 6;  // 12 of 16
+constexpr int kRegisters = 16, kStripVectors = 2, kMaxTileRows = 6;
 #else
 constexpr int kLanes = 4;
-constexpr int kStripVectors = 2, kMaxTileRows = 6;
+constexpr int kRegisters = 16, kStripVectors = 2, kMaxTileRows = 6;
 #endif
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
