@@ -70,12 +70,12 @@ class Phases {
 
     // The next tasks for this thread; none if all are taken.
     Tasks take(PhaseCounters& phase, int32_t num_tasks) {
+        const bool is_from_end = thread_ % 2 == 1;
         uint64_t taken = phase.taken.load();
         while (true) {
             const int32_t front = int32_t(taken), back = int32_t(taken >> 32), left = num_tasks - front - back;
             if (left <= 0) return {0, 0};
             const int32_t number = std::max(left / (kPartsPerThread * num_threads_), 1);
-            const bool is_from_end = thread_ % 2 == 1;
             if (phase.taken.compare_exchange_weak(taken, taken + (uint64_t(number) << (is_from_end ? 32 : 0)))) {
                 const int32_t first = is_from_end ? num_tasks - back - number : front;
                 return {first, first + number};
