@@ -23,6 +23,9 @@ from slipstream_kernels.merging import Float64, Price
 LARGEST_BAR = 0.9
 """Candidates that survive more often than this are always looked at, whatever they cost."""
 
+REST_STEPS = 7
+"""While speculation is off, so many steps follow each one that is asked about: asking took 1 % of a step."""
+
 _LARGEST_SURPRISE = 2.0
 """A step counts as long as so many times what was expected of it, at most: the machine may have interrupted it."""
 
@@ -77,7 +80,7 @@ class Economy:
         self._overhead = Overhead()
         self._load = StepLoad(0, 0, 0.0)
         self._mode = Mode.OFF
-        self._is_typical = False
+        self._is_typical = self._can_draft = False
         self._expected_pass_s = self._plain_s = 1.0
         self._costs = _NO_COSTS
         self._pace_share = self._drafted_tokens = 0.0
@@ -89,10 +92,10 @@ class Economy:
         self._load = load
         self._mode = Mode.OFF
         self._is_observed = False
-        can_draft = has_floor or has_chain
+        self._can_draft = has_floor or has_chain
         # The last step of a request, which has no use for a draft, does more than others beside its pass.
-        self._is_typical = load.num_rows == load.num_choosing and can_draft
-        if can_draft:
+        self._is_typical = load.num_rows == load.num_choosing and self._can_draft
+        if self._can_draft:
             self._mode = self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
         return self._mode
 
@@ -128,14 +131,21 @@ class Economy:
                 num_experts=distinct_experts(lesson.expert_ids_TLK),
             )
 
-    def settle(self, took: Took, *, is_counted: bool) -> None:
+    def rest(self) -> int:
+        """How many steps to go without drafting and without asking, after this one; 0 unless speculation is off."""
+        if not self._can_draft or self._mode is not Mode.OFF or self.modes.is_trying:
+            return 0
+        self.modes.rest(self._load.num_choosing, REST_STEPS)
+        return REST_STEPS
+
+    def settle(self, took: Took) -> None:
         """What became of the step.
 
         What it took beside its pass is all that drafting costs, wherever it is spent. Steps that read prompts, and
-        those in which nobody could draft, are left out; so are plain ones unless they are counted, as it costs time.
+        those in which nobody could draft, are left out.
         """
         load, mode = self._load, self._mode
-        if not self._is_typical or (mode is Mode.OFF and not is_counted):
+        if not self._is_typical:
             return
         if took.is_usual:
             self._overhead.observe(mode, load.num_choosing, took.step_s - took.pass_s)

@@ -55,11 +55,8 @@ _JUDGED_AT_ONCE = 256
 _STEPS_BETWEEN_COSTS = 4
 """One in so many steps corrects the prediction of what steps cost."""
 
-_STEPS_BETWEEN_LESSONS = 64
-"""One in so many steps is learned from while speculation is off."""
-
-_STEPS_BETWEEN_COUNTS = 8
-"""One in so many tells then what plain steps take: the machine's pace changes within tens of them."""
+_STEPS_BETWEEN_LESSONS = 8
+"""One in so many steps between rests is learned from while speculation is off."""
 
 _DRAFT_TIME_SHARE = 0.1
 """What the newest drafting time counts for."""
@@ -119,8 +116,8 @@ class MergedDrafter:
         self._mode = Mode.OFF
         self._pass_s: dict[int, float] = {}
         self._was_level = True
-        self._is_listening = True
         self._num_steps = 0
+        self._num_rest_steps = 0
         self._num_judged = 0
 
     @property
@@ -156,6 +153,7 @@ class MergedDrafter:
             self._chains.pop(domain, None)
         else:
             self._chains[domain] = chain
+        self._num_rest_steps = 0
         for model in (self.greedy, self.sampled):
             model.forget("chain")
         if self.economy is not None:
@@ -167,8 +165,13 @@ class MergedDrafter:
             self._vocab_size, start=matrix, version=version, max_tenants=self.options.max_tenants
         )
 
+    @property
+    def rests(self) -> bool:
+        """Whether the coming pass goes without a draft and need not be asked about, nor learned from."""
+        return self._num_rest_steps > 0
+
     def wants(self, load: StepLoad, *, can_draft: bool) -> bool:
-        """Whether to draft for the coming pass; to be asked for every pass, before `propose`.
+        """Whether to draft for the coming pass; to be asked for every pass unless it rests, before `propose`.
 
         `can_draft` False: no request may have a draft in it.
         """
@@ -195,22 +198,24 @@ class MergedDrafter:
 
     def finished(self, *, step_s: float, pass_s: float, num_tokens: int) -> None:
         """The step took so many seconds, its pass among them, and gave so many tokens."""
-        if self.economy is not None:
-            took = Took(step_s, pass_s, num_tokens, is_usual=self._was_level)
-            is_counted = self._is_listening or self._num_steps % _STEPS_BETWEEN_COUNTS == 0
-            self.economy.settle(took, is_counted=is_counted)
+        if self.rests:
+            self._num_rest_steps -= 1
+        elif self.economy is not None:
+            self.economy.settle(Took(step_s, pass_s, num_tokens, is_usual=self._was_level))
+            self._num_rest_steps = self.economy.rest()
 
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
+        if self.rests:
+            return False
         self._num_steps += 1
         is_nth = self._num_steps % _STEPS_BETWEEN_LESSONS == 0
         is_trying = self.economy is not None and self.economy.modes.is_trying
-        self._is_listening = self._mode is not Mode.OFF or is_trying or is_nth
-        return self._is_listening
+        return self._mode is not Mode.OFF or is_trying or is_nth
 
     def learn(self, lesson: Lesson) -> None:
         """Take over what the target said, and correct what passes cost."""
-        if self.economy is not None:
+        if self.economy is not None and not self.rests:
             is_due = self._num_steps % _STEPS_BETWEEN_COSTS == 0 or self._mode is Mode.OFF
             self.economy.observe(lesson, is_due=is_due)
         if "recycling" in self.options.sources:

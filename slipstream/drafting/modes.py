@@ -106,23 +106,21 @@ class Modes:
         self._trial_evidence = _Evidence()
         self._trial_steps = 0
         self._trial_extra_steps = 0.0
-        # While speculation is off, asking costs nothing: nothing changes before the next trial or another load.
-        self._off_for: tuple[int, bool, bool] | None = None
 
     def choose(self, num_requests: int, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step."""
         size = num_requests.bit_length()
-        key = size, has_floor, has_chain
         self._num_steps[size] += 1
-        if self._off_for == key and self._num_steps[size] < self._next_trial.get(size, 0):
-            self.counts[Mode.OFF] += 1
-            return Mode.OFF
         drafting = [Mode.FLOOR] * has_floor + [Mode.CHAIN] * has_chain
         mode = self._chosen(size, drafting)
         self.counts[mode] += 1
         self._num_taken[size, mode] += 1
-        self._off_for = key if mode is Mode.OFF and self._trial is None else None
         return mode
+
+    def rest(self, num_requests: int, num_steps: int) -> None:
+        """So many more steps are plain without being asked about."""
+        self._num_steps[num_requests.bit_length()] += num_steps
+        self.counts[Mode.OFF] += num_steps
 
     def note(self, mode: Mode, *, num_requests: int, num_tokens: float, plain_steps: float) -> None:
         """What a step gave all requests together, and as how many plain steps of theirs it took.
@@ -156,7 +154,6 @@ class Modes:
             self._evidence.pop(key, None)
         self._next_trials.clear()
         self._next_trial.clear()
-        self._off_for = None
 
     def _chosen(self, size: int, drafting: list[Mode]) -> Mode:
         if not drafting:

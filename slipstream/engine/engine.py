@@ -225,7 +225,7 @@ class Engine:
         started = time.perf_counter()
         self._swap_if_waiting()
         self._drop_cancelled()
-        working = self._scheduler.schedule(has_drafter=self._drafter is not None)
+        working = self._scheduler.schedule(has_drafter=self._waking_drafter() is not None)
         self._forget_freed_slots()
         pass_s, passes = 0.0, list[Pass]()
         if working:
@@ -279,12 +279,19 @@ class Engine:
                 self._drafter.release(slot)
         freed.clear()
 
+    def _waking_drafter(self) -> Drafter | None:
+        """The drafter, unless it rests."""
+        return None if self._merged is not None and self._merged.rests else self._drafter
+
     def _draft(self, working: Sequence[RunningSequence]) -> Sequence[DraftTree]:
         """One tree per sequence; NO_DRAFT for those that read their prompt or must not speculate."""
+        drafter = self._waking_drafter()
+        if drafter is None:
+            return [NO_DRAFT] * len(working)
         wanting = [sequence for sequence in working if sequence.max_depth]
         if self._merged is not None and not self._merged.wants(load_of(working), can_draft=bool(wanting)):
             return [NO_DRAFT] * len(working)
-        if self._drafter is None or not wanting:
+        if not wanting:
             return [NO_DRAFT] * len(working)
         max_nodes = self.limits.num_draft_tokens
         contexts = [
@@ -300,7 +307,7 @@ class Engine:
             )
             for one in wanting
         ]
-        trees = iter(self._drafter.propose(contexts))
+        trees = iter(drafter.propose(contexts))
         return [next(trees) if sequence.max_depth else NO_DRAFT for sequence in working]
 
     def _commit(self, working: Sequence[RunningSequence], passes: Sequence[Pass]) -> None:

@@ -11,8 +11,8 @@ import pytest
 from conftest import LIMITS, Run, Served, request_for, serve
 
 from slipstream.drafting.chain import ChainDrafter
-from slipstream.drafting.drafter import DraftContext
-from slipstream.drafting.economy import Economy
+from slipstream.drafting.drafter import DraftContext, StepLoad
+from slipstream.drafting.economy import REST_STEPS, Economy
 from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, MergedDrafter, Source
 from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.modes import Mode
@@ -228,6 +228,34 @@ def test_speculation_is_off_where_nodes_cost_more_than_they_bring(
     counts = economy_of(drafter).modes.counts
     assert (counts[Mode.OFF] > 0.5 * counts.total()) == is_off
     assert (counts[Mode.CHAIN] > 0.5 * counts.total()) == (not is_off)
+
+
+def test_while_speculation_is_off_few_steps_are_asked_about_until_a_draft_comes(
+    target: Checkpoint, sibling: Checkpoint, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = _engine(target, DraftingOptions(), max_running_requests=1)
+    drafter = merged_of(engine)
+    let_steps_cost(drafter, 1.5, monkeypatch)
+    counts, wants, num_asked = economy_of(drafter).modes.counts, drafter.wants, 0
+
+    def counting(load: StepLoad, *, can_draft: bool) -> bool:
+        nonlocal num_asked
+        num_asked += 1
+        return wants(load, can_draft=can_draft)
+
+    monkeypatch.setattr(drafter, "wants", counting)
+    for index, prompt in enumerate(prompts[:24]):
+        engine.submit(request_for(index, prompt, Served(max_tokens=64)), lambda _: None)
+    num_steps = 0
+    while not (drafter.rests and num_steps > 600):
+        assert engine.step()
+        num_steps += 1
+    assert counts[Mode.OFF] > 0.5 * num_steps
+    assert num_asked < 0.5 * num_steps
+    assert counts.total() <= num_steps + REST_STEPS
+    engine.install_draft(sibling, version=1)
+    engine.step()
+    assert counts[Mode.CHAIN] == 1
 
 
 def test_what_a_tenant_wrote_is_found_by_that_tenant_alone(target: Checkpoint, prompts: Prompts) -> None:

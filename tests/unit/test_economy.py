@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slipstream.drafting.drafter import Lesson, StepLoad
-from slipstream.drafting.economy import LARGEST_BAR, Economy, Promise, Took
+from slipstream.drafting.economy import LARGEST_BAR, REST_STEPS, Economy, Promise, Took
 from slipstream.drafting.modes import Mode, first_steps
 from slipstream.drafting.step_cost import MeasuredSteps, StepCost
 
@@ -44,7 +44,7 @@ def take(
             drafted_tokens = num_tokens - 1 if promised_tokens is None else promised_tokens
             one.price(7)
             one.expect(num_nodes=num_nodes, drafted_tokens=drafted_tokens)
-        one.settle(Took(pass_s + BESIDE_S, pass_s, num_tokens, is_usual=True), is_counted=True)
+        one.settle(Took(pass_s + BESIDE_S, pass_s, num_tokens, is_usual=True))
 
 
 def test_time_is_worth_the_tokens_a_second_of_plain_steps_at_least() -> None:
@@ -84,7 +84,7 @@ def test_plain_steps_that_nobody_learns_from_still_tell_the_pace() -> None:
     take(one, Mode.OFF, num_steps=1, num_tokens=1)
     for _ in range(60):
         one.choose(load(), has_floor=True, has_chain=True)
-        one.settle(Took(2.0 + BESIDE_S, 2.0, 1, is_usual=True), is_counted=True)
+        one.settle(Took(2.0 + BESIDE_S, 2.0, 1, is_usual=True))
     assert 1.4 < one.price(0).step_s[0] <= 2.0
 
 
@@ -110,7 +110,7 @@ def test_a_step_that_the_machine_interrupted_counts_as_two() -> None:
     before = one.modes.gain(Mode.FLOOR, num_requests=1)
     one.price(7)
     one.expect(num_nodes=0, drafted_tokens=1.0)
-    one.settle(Took(1_000.0, 999.0, 2, is_usual=True), is_counted=True)
+    one.settle(Took(1_000.0, 999.0, 2, is_usual=True))
     assert one.modes.gain(Mode.FLOOR, num_requests=1) > 0.97 * before
 
 
@@ -119,11 +119,28 @@ def test_steps_that_read_prompts_and_plain_ones_nobody_asked_for_tell_nothing() 
     one.choose(load(num_rows=100), has_floor=True, has_chain=False)
     one.price(7)
     one.expect(num_nodes=0, drafted_tokens=0.0)
-    one.settle(Took(9.0, 8.0, 1, is_usual=True), is_counted=True)
+    one.settle(Took(9.0, 8.0, 1, is_usual=True))
     assert one.modes.gain(Mode.FLOOR, num_requests=1) == 1.0
     one.choose(load(), has_floor=False, has_chain=False)
-    one.settle(Took(9.0, 8.0, 1, is_usual=True), is_counted=False)
+    one.settle(Took(9.0, 8.0, 1, is_usual=True))
     assert one.modes.gain(Mode.OFF, num_requests=1) == 1.0
+
+
+def test_it_rests_only_while_speculation_is_off_and_nothing_is_tried() -> None:
+    one, seen = economy(), set[tuple[bool, bool]]()
+    for _ in range(400):
+        mode = one.choose(load(), has_floor=True, has_chain=False)
+        if mode is not Mode.OFF:
+            one.price(7)
+            one.expect(num_nodes=4, drafted_tokens=0.0)
+        pass_s = 1.8 if mode is Mode.FLOOR else 1.0
+        one.settle(Took(pass_s + BESIDE_S, pass_s, 1, is_usual=True))
+        is_off = mode is Mode.OFF and not one.modes.is_trying
+        assert one.rest() == (REST_STEPS if is_off else 0)
+        seen.add((mode is Mode.OFF, one.modes.is_trying))
+    assert seen == {(True, False), (True, True), (False, False), (False, True)}
+    one.choose(load(), has_floor=False, has_chain=False)
+    assert one.rest() == 0, "the next step may draft"
 
 
 def test_without_a_drafter_it_is_off_and_nothing_is_tried() -> None:

@@ -47,6 +47,17 @@ def test_speculation_is_off_where_nothing_gains_and_trials_cost_a_small_share() 
     assert chosen.count(Mode.CHAIN) > 2 * chosen.count(Mode.FLOOR), "what loses less is tried more often"
 
 
+def test_steps_that_nobody_asks_about_bring_the_next_trial_nearer() -> None:
+    modes = Modes()
+    chosen = taken(modes, {Mode.FLOOR: BAD}, num_steps=first_steps(1) + 2)
+    assert chosen[-1] is Mode.OFF
+    assert not modes.is_trying
+    modes.rest(1, SHORTEST_INTERVAL)
+    assert modes.counts[Mode.OFF] == chosen.count(Mode.OFF) + SHORTEST_INTERVAL
+    taken(modes, {Mode.FLOOR: BAD}, num_steps=1)
+    assert modes.is_trying
+
+
 def test_what_catching_up_costs_a_trial_makes_it_rarer() -> None:
     def num_trials(extra: float) -> int:
         modes, number, before = Modes(), 0, Mode.FLOOR
