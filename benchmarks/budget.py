@@ -142,7 +142,7 @@ def _compiled(
             sample_rows([row_bytes(seed=1, temperature=0.0)] * num_requests, [100] * num_requests),
             np.array(limits, np.int32),
             np.zeros(num_requests, np.uint64),
-            stop_tokens([[0]] * num_requests),
+            stop_tokens(((0,),) * num_requests),
             no_chains(num_requests),
         )
 

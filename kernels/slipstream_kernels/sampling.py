@@ -16,6 +16,7 @@ any finite logit is a row of equals. So the choice is a token of the vocabulary 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import struct
 from array import array
@@ -68,8 +69,9 @@ class StopTokens(NamedTuple):
     ends_B: NDArray[np.int32]
 
 
-def stop_tokens(ids_of: Sequence[Sequence[int]]) -> StopTokens:
-    """Those of every request, in order."""
+@functools.lru_cache(maxsize=256)
+def stop_tokens(ids_of: tuple[tuple[int, ...], ...]) -> StopTokens:
+    """Those of every request, in order; not to be changed, as the next step most likely asks for the same."""
     ids = [token for ids in ids_of for token in ids]
     return StopTokens(np.array(ids, np.int32), np.cumsum([len(ids) for ids in ids_of], dtype=np.int32))
 

@@ -188,7 +188,7 @@ class ChainDrafter:
                     limits_B,
                     np.array([self._bases[slot] for slot in slots], np.int32),
                     draws_B,
-                    stop_tokens([_ends(one, worth) for one in contexts]),
+                    stop_tokens(tuple(_ends(one, worth) for one in contexts)),
                 ),
                 worth=worth,
             )

@@ -245,7 +245,7 @@ class MergedDrafter:
         number = len(contexts)
         versions = [NO_VERSION] * number
         if not is_wanted:
-            return no_chains(number), versions
+            return _nothing_drafted(number), versions
         chains = no_chains(number, width=width)
         rows_of: dict[str, list[int]] = {}
         for row, context in enumerate(contexts):
@@ -309,7 +309,7 @@ class MergedDrafter:
             draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts]),
             limits_B4,
             np.array([_scope(one.tenant) for one in contexts], np.uint64),
-            stop_tokens([one.sampling.stop_token_ids for one in contexts]),
+            stop_tokens(tuple(one.sampling.stop_token_ids for one in contexts)),
             chains,
         )
 
@@ -342,6 +342,8 @@ class MergedDrafter:
 
 
 _NO_MATRIX = -1
+
+_nothing_drafted = lru_cache(maxsize=256)(no_chains)
 
 
 def _towards(newest: float, mean: float | None) -> float:

@@ -119,18 +119,33 @@ inline double gumbel(uint32_t bits) { return -fixed_log(-fixed_log((double(bits)
 constexpr double kExpTerms[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
                                 1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5,         1.0,        1.0};
 
-// exp(x) for x <= 0 in whole units of 2^-42, half to even; NaN gives 0. noise.py states the bound.
-inline Weights fixed_weights(Doubles x) {
-    const Doubles bounded = x > -64.0 ? x : Doubles{} - 64.0;
+// exp(x) for x <= 0 in whole units of 2^-42, half to even; NaN gives 0. noise.py states the bound. Each is one long chain
+// of operations, so several vectors go side by side.
+template <int kVectors>
+inline void fixed_weights(const Doubles (&x)[kVectors], Weights (&weights)[kVectors]) {
     const Doubles round_to_integer = Doubles{} + 0x1.8p52;
-    const Doubles shifted = bounded * (1.0 / 0.693147180559945309417) + round_to_integer;
-    const Doubles power = shifted - round_to_integer;
-    const Doubles rest = (bounded - power * 0.693147180369123816490) - power * 1.90821492927058770002e-10;
-    Doubles series = Doubles{} + kExpTerms[0];
-    for (int term = 1; term < 12; ++term) series = series * rest + kExpTerms[term];
-    const Weights scale = ((Weights)shifted + (1023 + kWeightBits)) << 52;  // the low bits of `shifted` are the integer
-    const Doubles weight = series * (Doubles)scale + 0x1p52;
-    return (Weights)weight - (int64_t(0x433) << 52);
+    Doubles shifted[kVectors], rest[kVectors], series[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+        const Doubles bounded = x[v] > -64.0 ? x[v] : Doubles{} - 64.0;
+        shifted[v] = bounded * (1.0 / 0.693147180559945309417) + round_to_integer;
+        const Doubles power = shifted[v] - round_to_integer;
+        rest[v] = (bounded - power * 0.693147180369123816490) - power * 1.90821492927058770002e-10;
+        series[v] = Doubles{} + kExpTerms[0];
+    }
+    for (int term = 1; term < 12; ++term) {
+        for (int v = 0; v < kVectors; ++v) series[v] = series[v] * rest[v] + kExpTerms[term];
+    }
+    for (int v = 0; v < kVectors; ++v) {
+        const Weights scale = ((Weights)shifted[v] + (1023 + kWeightBits)) << 52;  // the low bits of `shifted` are the integer
+        const Doubles weight = series[v] * (Doubles)scale + 0x1p52;
+        weights[v] = (Weights)weight - (int64_t(0x433) << 52);
+    }
+}
+
+inline Weights fixed_weights(Doubles x) {
+    Weights weights[1];
+    fixed_weights<1>({x}, weights);
+    return weights[0];
 }
 
 }  // namespace SLIPSTREAM_ISA

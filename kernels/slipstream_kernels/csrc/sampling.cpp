@@ -18,24 +18,43 @@ constexpr int64_t kTokensWorthSharing = 1 << 16;  // below it, waking another th
 
 // ------------------------------------------------------------------------------------------------------- filters
 
-inline Weights weights_at(HalfFloats logits, Doubles largest, Doubles temperature) {
-    return fixed_weights((__builtin_convertvector(logits, Doubles) - largest) / temperature);
+constexpr int kSideBySide = 4;  // vectors of weights
+constexpr int kManyWeights = kSideBySide * kWide;
+
+// Weights of kManyWeights logits from `from` on.
+template <bool kDivides>
+inline void weights_at(const float* from, double largest, double temperature, Weights (&weights)[kSideBySide]) {
+    Doubles x[kSideBySide];
+    for (int v = 0; v < kSideBySide; ++v) {
+        HalfFloats logits;
+        std::memcpy(&logits, from + v * kWide, sizeof logits);
+        x[v] = __builtin_convertvector(logits, Doubles) - largest;
+        if constexpr (kDivides) x[v] = x[v] / temperature;
+    }
+    fixed_weights(x, weights);
 }
 
-// Calls `use(first token, weights of kWide tokens)` for the whole row, the tokens behind its end with weight 0.
-template <class Use>
-void each_weight(const Row& row, double temperature, Use use) {
-    const Doubles largest = Doubles{} + double(row.largest), divisor = Doubles{} + temperature;
-    HalfFloats logits;
+// Calls `use(first token, weights of kManyWeights tokens)` for the whole row, the tokens behind its end with weight 0.
+template <bool kDivides, class Use>
+void each_weight_divided(const Row& row, double temperature, Use use) {
+    Weights weights[kSideBySide];
     int64_t at = 0;
-    for (; at + kWide <= row.num_tokens; at += kWide) {
-        std::memcpy(&logits, row.logits + at, sizeof logits);
-        use(at, weights_at(logits, largest, divisor));
+    for (; at + kManyWeights <= row.num_tokens; at += kManyWeights) {
+        weights_at<kDivides>(row.logits + at, row.largest, temperature, weights);
+        use(at, weights);
     }
     if (at == row.num_tokens) return;
-    logits = HalfFloats{} - kInfinity;
-    for (int64_t lane = 0; at + lane < row.num_tokens; ++lane) logits[lane] = row.logits[at + lane];
-    use(at, weights_at(logits, largest, divisor));
+    float last[kManyWeights];
+    std::fill(std::copy(row.logits + at, row.logits + row.num_tokens, last), last + kManyWeights, -kInfinity);
+    weights_at<kDivides>(last, row.largest, temperature, weights);
+    use(at, weights);
+}
+
+// A division by 1 changes nothing, but takes as long as all the rest.
+template <class Use>
+void each_weight(const Row& row, double temperature, Use use) {
+    temperature == 1.0 ? each_weight_divided<false>(row, temperature, use)
+                       : each_weight_divided<true>(row, temperature, use);
 }
 
 int64_t sum_from(const std::vector<int64_t>& weights, int64_t smallest) {
@@ -100,9 +119,10 @@ Row filtered(const Row& row, const SampleRow& how) {
     const Row out{kept.data(), row.num_tokens, row.largest};
     if (how.top_p >= 1.0 && how.min_p <= 0.0) return out;
     std::vector<int64_t>& weights = scratch.weights;
-    weights.resize(size_t(row.num_tokens + kWide));
-    each_weight(out, how.temperature,
-                [&](int64_t at, Weights some) { std::memcpy(weights.data() + at, &some, sizeof some); });
+    weights.resize(size_t(row.num_tokens + kManyWeights));
+    each_weight(out, how.temperature, [&](int64_t at, const Weights (&some)[kSideBySide]) {
+        std::memcpy(weights.data() + at, &some, sizeof some);
+    });
     weights.resize(size_t(row.num_tokens));
     if (how.top_p < 1.0) {
         const Nucleus nucleus = nucleus_of(weights, how.top_p);
@@ -258,7 +278,9 @@ namespace {
 
 void logprobs_of_one(const Row& row, int32_t token, int64_t num_top, float* out, int32_t* top_ids, float* top_out) {
     Weights sums = {};
-    each_weight(row, 1.0, [&](int64_t, Weights some) { sums += some; });
+    each_weight(row, 1.0, [&](int64_t, const Weights (&some)[kSideBySide]) {
+        for (const Weights& one : some) sums += one;
+    });
     int64_t sum = 0;
     for (int lane = 0; lane < kWide; ++lane) sum += sums[lane];
     const double log_sum = fixed_log(double(sum) * 0x1p-42);
