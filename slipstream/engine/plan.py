@@ -33,7 +33,8 @@ class StepPlan(msgspec.Struct, frozen=True):
     `sequences_T` is each row's line of `block_tables_BC`, whose entry c is the block that holds positions
     [c * BLOCK_TOKENS, (c + 1) * BLOCK_TOKENS). A row outside trees has `node_slots_T` NO_NODE and `num_committed_T`
     position + 1. Row t's ancestors are the node slots `ancestors[ancestor_starts[t] : ancestor_starts[t + 1]]` (T + 1
-    starts), none outside trees. `logit_rows_X` names the rows whose logits are wanted, in the order they come out.
+    starts), none outside trees. `logit_rows_X` names the rows whose logits are wanted, each once, in the order they come
+    out.
     """
 
     ids_T: Int32
@@ -48,7 +49,10 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 ExpertIds = NDArray[np.integer] | Tensor
-"""Experts [T, L, K] that T rows chose in L layers, best first, where their decoder computes: on the host an array."""
+"""Experts [T, L, K] that T rows chose in L layers, best first, where their decoder computes: on the host an array.
+
+A decoder may spare rows whose logits are not wanted the last layer, and says -1 for its experts then.
+"""
 
 
 def on_host(expert_ids_TLK: ExpertIds) -> NDArray[np.integer]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -99,6 +100,29 @@ def test_a_decoder_rounded_to_int8_says_nearly_the_same() -> None:
     difference = (exact - rounded).abs()
     assert difference.max() > 0
     assert difference.mean() < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_whose_logits_nobody_wants_change_nothing_for_the_others(tmp_path: Path, family: Family) -> None:
+    """They are spared the last layer behind its keys and values, which later rows read."""
+    decoder = native(load_checkpoint(random_checkpoint(family, tmp_path)))
+    ids = random_ids(5, 40)
+    blocks = scattered(5, [40, 40])
+    whole = decoder.forward(plan_of([Rows(token_ids=ids, blocks=blocks[0])]))
+    expected, experts_TLK = whole.logits_XV.clone(), whole.expert_ids_TLK
+    experts_TLK = None if experts_TLK is None else experts_TLK.copy()
+    for start, wanted in ((0, ()), (15, (9, 0, 4)), (25, (14,))):
+        end = {0: 15, 15: 25, 25: 40}[start]
+        plan = plan_of([Rows(token_ids=ids[:end], blocks=blocks[1], start=start)])
+        plan = msgspec.structs.replace(plan, logit_rows_X=np.array(wanted, np.int32))
+        output = decoder.forward(plan)
+        assert torch.equal(output.logits_XV, expected[[start + row for row in wanted]])
+        if experts_TLK is not None and output.expert_ids_TLK is not None:
+            spared = sorted(set(range(end - start)) - set(wanted))
+            assert (output.expert_ids_TLK[spared, -1] == -1).all()
+            own_TLK = experts_TLK[start:end].copy()
+            own_TLK[spared, -1] = -1
+            np.testing.assert_array_equal(output.expert_ids_TLK, own_TLK)
 
 
 def assert_bits_are_a_rows_own(make: Callable[[], NativeDecoder], ids: tuple[int, ...], vocab_size: int) -> None:

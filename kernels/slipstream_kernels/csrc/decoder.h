@@ -46,7 +46,7 @@ class Decoder {
     // Take over a tensor; false if memory ran out or the part is unknown.
     bool set(SlipstreamPart part, int layer, int expert, const void* data, SlipstreamType type);
 
-    // Logits [num_logit_rows, vocab]; experts [T, L, K] unless null or dense.
+    // Logits [num_logit_rows, vocab]; experts [T, L, K] unless null or dense: -1 in the last layer of rows without logits.
     void forward(const SlipstreamPlan& plan, float* logits, int32_t* experts);
 
     // `moves` holds (node slot, block, offset) triples.

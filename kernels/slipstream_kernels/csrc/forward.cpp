@@ -9,6 +9,9 @@ namespace SLIPSTREAM_ISA {
 //
 //   norm -> queries, keys, values -> rotate and write to the cache -> attend -> attention out
 //        -> add, norm and route -> gate and up -> down -> (next layer) add and norm ...
+//
+// Behind its keys and values, the last layer is computed for rows whose logits are wanted alone: nobody else looks at it.
+// There, place `i` of a buffer belongs to the i-th of these rows.
 struct ForwardPass {
     Decoder& decoder;
     const SlipstreamPlan& plan;
@@ -23,7 +26,8 @@ struct ForwardPass {
     void walk(Phases& phases) {
         phases.run(num_rows, [&](int row) {
             embed(row);
-            norm_into(row, decoder.layers_[0]->attention_norm);
+            if (experts_out != nullptr) std::fill_n(experts_of(row, sizes.layers - 1), num_chosen, -1);
+            norm_into(row, row, decoder.layers_[0]->attention_norm);
         });
         for (int index = 0; index < sizes.layers; ++index) layer(phases, index);
         head(phases);
@@ -33,34 +37,40 @@ struct ForwardPass {
         const Layer& layer = *decoder.layers_[index];
         const Routing routes = routing(index);
         const bool is_last = index + 1 == sizes.layers;
+        const int num_places = is_last ? plan.num_logit_rows : num_rows;
+        const auto row_at = [&](int place) { return is_last ? plan.logit_rows[place] : place; };
         matrix_product(phases, layer.qkv, num_rows, [&](int row) { return normed(row); }, scratch.qkv.get(),
                        decoder.qkv_width_);
         phases.run(num_rows, [&](int row) { rotate_and_write(layer, index, row); });
+        if (num_places == 0) return;
         // Rows of one sequence read the same keys: head by head, they find them in the cache of the processor.
-        phases.run(sizes.kv_heads * num_rows, [&](int task) {
-            attend_heads(phases.thread(), index, task % num_rows, task / num_rows);
+        phases.run(sizes.kv_heads * num_places, [&](int task) {
+            const int place = task % num_places;
+            attend_heads(phases.thread(), index, row_at(place), task / num_places, attended(place));
         });
-        matrix_product(phases, layer.attention_out, num_rows, [&](int row) { return attended(row); },
+        matrix_product(phases, layer.attention_out, num_places, [&](int place) { return attended(place); },
                        scratch.delta.get(), decoder.delta_width_);
         phases.run(
-            num_rows,
-            [&](int row) {
-                add_scaled(scratch.delta.get() + size_t(row) * decoder.delta_width_, 1.0f, sizes.hidden, x(row));
-                norm_into(row, layer.mlp_norm);
-                choose_experts(layer, index, row);
+            num_places,
+            [&](int place) {
+                const int row = row_at(place);
+                add_scaled(scratch.delta.get() + size_t(place) * decoder.delta_width_, 1.0f, sizes.hidden, x(row));
+                norm_into(row, place, layer.mlp_norm);
+                choose_experts(layer, index, row, place);
             },
-            [&] { group_by_expert(routes, num_rows, decoder.num_experts_); });
+            [&] { group_by_expert(routes, num_places, decoder.num_experts_); });
         run_experts(phases, layer.mlp, routes, scratch.normed.get(), decoder.hidden_stride_, scratch.activated.get(),
                     scratch.expert_out.get());
-        phases.run(num_rows, [&](int row) {
-            add_experts(layer.mlp, routes, row, scratch.expert_out.get(), x(row));
-            norm_into(row, is_last ? decoder.final_norm_ : decoder.layers_[index + 1]->attention_norm);
+        phases.run(num_places, [&](int place) {
+            const int row = row_at(place);
+            add_experts(layer.mlp, routes, place, scratch.expert_out.get(), x(row));
+            norm_into(row, place, is_last ? decoder.final_norm_ : decoder.layers_[index + 1]->attention_norm);
         });
     }
 
     float* x(int row) { return scratch.x.get() + size_t(row) * sizes.hidden; }
-    float* attended(int row) { return scratch.attended.get() + size_t(row) * decoder.attended_stride_; }
-    float* normed(int row) { return scratch.normed.get() + size_t(row) * decoder.hidden_stride_; }
+    float* attended(int place) { return scratch.attended.get() + size_t(place) * decoder.attended_stride_; }
+    float* normed(int place) { return scratch.normed.get() + size_t(place) * decoder.hidden_stride_; }
 
     void embed(int row) {
         const size_t first = size_t(plan.ids[row]) * sizes.hidden;
@@ -68,8 +78,8 @@ struct ForwardPass {
         for (int i = 0; i < sizes.hidden; ++i) to[i] = decoder.embedding_.at(first + i);
     }
 
-    void norm_into(int row, const std::vector<float>& weight) {
-        rms_norm(x(row), weight.data(), sizes.hidden, sizes.norm_eps, normed(row));
+    void norm_into(int row, int place, const std::vector<float>& weight) {
+        rms_norm(x(row), weight.data(), sizes.hidden, sizes.norm_eps, normed(place));
     }
 
     void rotate_and_write(const Layer& layer, int index, int row) {
@@ -111,15 +121,14 @@ struct ForwardPass {
         std::copy(value, value + size, decoder.block_values(index, head, block) + offset * size);
     }
 
-    // The query heads that share a key head.
-    void attend_heads(int thread, int index, int row, int kv_head) {
+    // The query heads that share a key head; `out` is of all heads.
+    void attend_heads(int thread, int index, int row, int kv_head, float* out) {
         const int size = sizes.head_dim, num_shared = sizes.heads / sizes.kv_heads, first = kv_head * num_shared * size;
         const int32_t* const ancestors = plan.ancestors + plan.ancestor_starts[row];
         const Query query{scratch.qkv.get() + size_t(row) * decoder.qkv_width_ + first, num_shared,
                           table(row),                                                   ancestors,
                           plan.num_committed[row], plan.ancestor_starts[row + 1] - plan.ancestor_starts[row]};
-        attend(decoder.head_cache(index, kv_head), query, size, scratch.scores[thread].get(),
-               attended(row) + first);
+        attend(decoder.head_cache(index, kv_head), query, size, scratch.scores[thread].get(), out + first);
     }
 
     // This layer's part of the routing buffers, see Scratch.
@@ -134,24 +143,25 @@ struct ForwardPass {
                 scratch.num_active.data() + index};
     }
 
-    void choose_experts(const Layer& layer, int index, int row) {
+    void choose_experts(const Layer& layer, int index, int row, int place) {
         const Routing routes = routing(index);
-        int32_t* const experts = routes.experts + row * num_chosen;
-        float* const weights = routes.weights + row * num_chosen;
+        int32_t* const experts = routes.experts + place * num_chosen;
+        float* const weights = routes.weights + place * num_chosen;
         if (sizes.experts == 0) {
             experts[0] = 0;
             weights[0] = 1;
             return;
         }
-        route(normed(row), layer.router.data(), sizes.hidden, sizes.experts, num_chosen,
+        route(normed(place), layer.router.data(), sizes.hidden, sizes.experts, num_chosen,
               sizes.normalizes_expert_weights != 0, experts, weights);
-        if (experts_out == nullptr) return;
-        std::copy(experts, experts + num_chosen, experts_out + (size_t(row) * sizes.layers + index) * num_chosen);
+        if (experts_out != nullptr) std::copy(experts, experts + num_chosen, experts_of(row, index));
     }
 
+    int32_t* experts_of(int row, int index) { return experts_out + (size_t(row) * sizes.layers + index) * num_chosen; }
+
     void head(Phases& phases) {
-        const auto input = [&](int row) { return normed(plan.logit_rows[row]); };
-        matrix_product(phases, decoder.head_, plan.num_logit_rows, input, logits, sizes.vocab);
+        matrix_product(phases, decoder.head_, plan.num_logit_rows, [&](int place) { return normed(place); }, logits,
+                       sizes.vocab);
     }
 };
 

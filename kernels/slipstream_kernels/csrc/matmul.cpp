@@ -18,6 +18,9 @@ constexpr int kLine = 64;
 // Up to this many rows take all strips of a panel at once: a tile of few sums would wait for its own additions.
 constexpr int kFewRows = 2;
 
+// So many tiles read int8 weights as floats that were made once.
+constexpr int kTilesWorthConverting = 3;
+
 // Where the weights of a step lie: vector v belongs to strip v / kStripVectors.
 struct Weights {
     const char* data;
@@ -74,7 +77,7 @@ inline void accumulate_one(Weights weights, const float* const* x, int i, Floats
     accumulate(weight, x, i, sums);
 }
 
-// The outputs of kStrips strips for kRows rows; `scales` of the outputs are read with int8 only.
+// The outputs of kStrips strips for kRows rows, times their `scales` unless these are null.
 template <int kRows, int kStrips, SlipstreamType kType>
 void tile(Weights weights, const float* scales, const float* const* x, int inner, float* out) {
     constexpr int kWidth = kStrips * kStripVectors;
@@ -96,7 +99,7 @@ void tile(Weights weights, const float* scales, const float* const* x, int inner
     }
     for (int row = 0; row < kRows; ++row) {
         for (int v = 0; v < kWidth; ++v) {
-            if constexpr (kType == kInt8) sums[row][v] = sums[row][v] * load(scales + v * kLanes);
+            if (scales != nullptr) sums[row][v] = sums[row][v] * load(scales + v * kLanes);
             store(out + row * kPanel + v * kLanes, sums[row][v]);
         }
     }
@@ -107,7 +110,7 @@ template <int kRows, SlipstreamType kType>
 void panel_of(Weights weights, const float* scales, const float* const* x, int inner, float* out) {
     constexpr int kStrips = kRows <= kFewRows ? kPanel / kStrip : 1;
     for (int first = 0; first < kPanel; first += kStrips * kStrip) {
-        tile<kRows, kStrips, kType>(weights, scales + (kType == kInt8 ? first : 0), x, inner, out + first);
+        tile<kRows, kStrips, kType>(weights, scales == nullptr ? nullptr : scales + first, x, inner, out + first);
         weights.data += kStrips * weights.strip_bytes;
     }
 }
@@ -175,31 +178,52 @@ void Packed::pack_rounded(const Source& source, size_t first, int inner, int out
     }
 }
 
+namespace {
+
 template <SlipstreamType kType>
-void Packed::product_of(int panel, const float* const* rows, int num_rows, float* out) const {
-    const Weights weights{strip_of(panel * kPanel), strip_bytes_};
-    const float* const scales = kType == kInt8 ? &scales_[size_t(panel) * kPanel] : nullptr;
+void panel_of_rows(Weights weights, const float* scales, const float* const* rows, int num_rows, int inner, float* out) {
     switch (num_rows) {
-        case 1: return panel_of<1, kType>(weights, scales, rows, inner_, out);
-        case 2: return panel_of<2, kType>(weights, scales, rows, inner_, out);
-        case 3: return panel_of<3, kType>(weights, scales, rows, inner_, out);
-        case 4: return panel_of<4, kType>(weights, scales, rows, inner_, out);
-        case 5: return panel_of<5, kType>(weights, scales, rows, inner_, out);
-        case 6: return panel_of<6, kType>(weights, scales, rows, inner_, out);
+        case 1: return panel_of<1, kType>(weights, scales, rows, inner, out);
+        case 2: return panel_of<2, kType>(weights, scales, rows, inner, out);
+        case 3: return panel_of<3, kType>(weights, scales, rows, inner, out);
+        case 4: return panel_of<4, kType>(weights, scales, rows, inner, out);
+        case 5: return panel_of<5, kType>(weights, scales, rows, inner, out);
+        case 6: return panel_of<6, kType>(weights, scales, rows, inner, out);
     }
     static_assert(kMaxTileRows == 6);
 }
 
+// The weights of a panel as floats, which many rows read again and again; valid until the thread's next call.
+Weights as_floats(Weights panel, int inner) {
+    static thread_local std::vector<float> floats;
+    floats.resize(size_t(inner) * kPanel);
+    float* to = floats.data();
+    for (int strip = 0; strip < kPanel / kStrip; ++strip) {
+        const int8_t* const from = reinterpret_cast<const int8_t*>(panel.data + strip * panel.strip_bytes);
+        for (int at = 0; at < inner * kStrip; at += kLanes, to += kLanes) store(to, load(from + at));
+    }
+    return {reinterpret_cast<const char*>(floats.data()), size_t(inner) * kStrip * sizeof(float)};
+}
+
+}  // namespace
+
 void Packed::product(int panel, const float* const* rows, int num_rows, float* out) const {
+    Weights weights{strip_of(panel * kPanel), strip_bytes_};
+    SlipstreamType type = type_;
+    const float* const scales = type == kInt8 ? &scales_[size_t(panel) * kPanel] : nullptr;
     // Even tiles: 7 rows run as 4 and 3, since a tile of one row costs as much memory traffic as one of six.
     const int num_tiles = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
+    if (type == kInt8 && num_tiles >= kTilesWorthConverting) {
+        weights = as_floats(weights, inner_);
+        type = kFp32;
+    }
     for (int first = 0, left = num_tiles; left > 0; --left) {
         const int size = (num_rows - first + left - 1) / left;
         float* const to = out + size_t(first) * kPanel;
-        switch (type_) {
-            case kFp32: product_of<kFp32>(panel, rows + first, size, to); break;
-            case kBf16: product_of<kBf16>(panel, rows + first, size, to); break;
-            case kInt8: product_of<kInt8>(panel, rows + first, size, to); break;
+        switch (type) {
+            case kFp32: panel_of_rows<kFp32>(weights, scales, rows + first, size, inner_, to); break;
+            case kBf16: panel_of_rows<kBf16>(weights, scales, rows + first, size, inner_, to); break;
+            case kInt8: panel_of_rows<kInt8>(weights, scales, rows + first, size, inner_, to); break;
         }
         first += size;
     }

@@ -58,9 +58,6 @@ class Packed {
    private:
     char* strip_of(int output) const { return data_ + size_t(output / kStrip) * strip_bytes_; }
 
-    template <SlipstreamType kType>
-    void product_of(int panel, const float* const* rows, int num_rows, float* out) const;
-
     // `first` is where the output's row begins in the source.
     void pack_output(const Source& source, size_t first, int inner, int output);
     void pack_rounded(const Source& source, size_t first, int inner, int output);
