@@ -157,7 +157,8 @@ class Economy:
         if not self._is_observed:
             self.step_cost.keep_pace(took.pass_s / self._expected_pass_s, pace_share=self._pace_share)
         if not took.is_usual:
-            self.modes.note_extra(plain_steps=took.step_s / self._plain_s)
+            plain_steps = took.step_s / self._plain_s
+            self.modes.note_extra(mode, num_requests=load.num_choosing, plain_steps=plain_steps)
             return
         expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
         plain_steps = min(took.step_s, _LARGEST_SURPRISE * expected_s) / self._plain_s

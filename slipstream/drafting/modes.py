@@ -17,6 +17,9 @@ from collections import Counter
 TRIAL_COST_RATIO = 0.003
 """What trials of one mode may cost, as a share of all steps."""
 
+FIRST_TRIAL_COST_RATIO = 0.02
+"""What its first steps may have cost by the time of its first trial: they may have been bad luck."""
+
 SHORTEST_INTERVAL = 48
 """Steps between two trials, at least."""
 
@@ -102,6 +105,7 @@ class Modes:
         self._num_steps: Counter[int] = Counter()
         self._next_trial: dict[int, int] = {}
         self._next_trials: dict[tuple[int, Mode], int] = {}
+        self._first_extra_steps: Counter[tuple[int, Mode]] = Counter()
         self._trial: Mode | None = None
         self._trial_evidence = _Evidence()
         self._trial_steps = 0
@@ -134,9 +138,13 @@ class Modes:
         if mode is self._trial:
             self._trial_evidence.note(num_tokens / num_requests, plain_steps)
 
-    def note_extra(self, *, plain_steps: float) -> None:
+    def note_extra(self, mode: Mode, *, num_requests: int, plain_steps: float) -> None:
         """A step took so many plain steps as a draft model had to catch up: that tells nothing but what it cost."""
-        self._trial_extra_steps += plain_steps
+        size = num_requests.bit_length()
+        if self._trial is not None:
+            self._trial_extra_steps += plain_steps
+        elif not self._is_known(size, mode):
+            self._first_extra_steps[size, mode] += plain_steps
 
     def gain(self, mode: Mode, *, num_requests: int) -> float:
         """The gain of a mode; 1 where nothing is known."""
@@ -150,7 +158,7 @@ class Modes:
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
         for key in [key for key in self._num_taken if key[1] is mode]:
-            del self._num_taken[key]
+            del self._num_taken[key], self._first_extra_steps[key]
             self._evidence.pop(key, None)
         self._next_trials.clear()
         self._next_trial.clear()
@@ -168,11 +176,11 @@ class Modes:
             if self._trial in gains and self._goes_on(size, self._trial, best_gain=gains[best]):
                 return self._trial
             self._end_trial(size, gains, best)
-        elif self._num_steps[size] >= self._next_trial.setdefault(size, self._num_steps[size] + SHORTEST_INTERVAL):
+        elif size not in self._next_trial:
+            self._plan_trials(size, gains, best)
+        elif self._num_steps[size] >= self._next_trial[size]:
             others = [mode for mode in gains if mode is not best]
-            # Of modes that were not tried yet the one that lost least, as its first steps may have been bad luck.
-            due = {mode: (self._next_trials.get((size, mode), 0), -gains[mode]) for mode in others}
-            self._begin_trial(size, min(due, key=due.__getitem__))
+            self._begin_trial(size, min(others, key=lambda mode: self._next_trials[size, mode]))
         return best
 
     def _is_known(self, size: int, mode: Mode) -> bool:
@@ -187,6 +195,16 @@ class Modes:
         found = (self._evidence.get((near, mode)) for near in _near(size))
         return next((one.gain for one in found if one is not None), 1.0)
 
+    def _plan_trials(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
+        """All modes have had their first steps, which were trials too; fix when each is tried again."""
+        for mode in gains:
+            own = self._evidence.get((size, mode))
+            lost_steps = self._first_extra_steps[size, mode]
+            if own is not None and mode is not Mode.OFF:
+                lost_steps += _loss(gains, mode, best) * min(own.num_steps, first_steps(size))
+            self._fix_trial(size, mode, lost_steps / FIRST_TRIAL_COST_RATIO)
+        self._fix_next_trial(size, gains, best)
+
     def _begin_trial(self, size: int, mode: Mode) -> None:
         self._trial, self._trial_evidence = mode, _Evidence()
         self._trial_steps, self._trial_extra_steps = 0, 0.0
@@ -195,13 +213,19 @@ class Modes:
 
     def _end_trial(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
         """Fix when its mode is tried again, and when the next one is."""
-        now, mode, self._trial = self._num_steps[size], self._trial, None
+        mode, self._trial = self._trial, None
         assert mode is not None
-        loss = max(1 - gains.get(mode, 0.0) / gains[best], 0.0)
-        lost_steps = loss * self._trial_steps + self._trial_extra_steps
-        interval = min(max(lost_steps / TRIAL_COST_RATIO, SHORTEST_INTERVAL), _LONGEST_INTERVAL)
-        self._next_trials[size, mode] = now + int(interval)
-        others = (self._next_trials.get((size, one), now) for one in gains if one is not best)
+        lost_steps = _loss(gains, mode, best) * self._trial_steps + self._trial_extra_steps
+        self._fix_trial(size, mode, lost_steps / TRIAL_COST_RATIO)
+        self._fix_next_trial(size, gains, best)
+
+    def _fix_trial(self, size: int, mode: Mode, interval: float) -> None:
+        bounded = min(max(interval, SHORTEST_INTERVAL), _LONGEST_INTERVAL)
+        self._next_trials[size, mode] = self._num_steps[size] + int(bounded)
+
+    def _fix_next_trial(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
+        now = self._num_steps[size]
+        others = (self._next_trials.setdefault((size, one), now) for one in gains if one is not best)
         self._next_trial[size] = max(min(others), now + SHORTEST_INTERVAL)
 
     def _goes_on(self, size: int, trial: Mode, *, best_gain: float) -> bool:
@@ -213,6 +237,11 @@ class Modes:
         if tried.num_steps < trial_steps(size):
             return self._trial_steps <= trial_steps(size) + _CATCH_UP_STEPS
         return tried.gain > best_gain and self._trial_steps <= _LONGEST_TRIAL_RATIO * trial_steps(size)
+
+
+def _loss(gains: dict[Mode, float], mode: Mode, best: Mode) -> float:
+    """What share of its time a step of a mode loses beside the best one."""
+    return max(1 - gains.get(mode, 0.0) / gains[best], 0.0)
 
 
 def first_steps(size: int) -> int:

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 
 import pytest
 
-from slipstream.drafting.modes import SHORTEST_INTERVAL, TRIAL_COST_RATIO, Mode, Modes, first_steps, trial_steps
+from slipstream.drafting.modes import (
+    FIRST_TRIAL_COST_RATIO,
+    SHORTEST_INTERVAL,
+    TRIAL_COST_RATIO,
+    Mode,
+    Modes,
+    first_steps,
+    trial_steps,
+)
 
 GOOD, BAD = 1.5, 0.7
 
@@ -52,8 +60,9 @@ def test_steps_that_nobody_asks_about_bring_the_next_trial_nearer() -> None:
     chosen = taken(modes, {Mode.FLOOR: BAD}, num_steps=first_steps(1) + 2)
     assert chosen[-1] is Mode.OFF
     assert not modes.is_trying
-    modes.rest(1, SHORTEST_INTERVAL)
-    assert modes.counts[Mode.OFF] == chosen.count(Mode.OFF) + SHORTEST_INTERVAL
+    num_rested = int(first_steps(1) / FIRST_TRIAL_COST_RATIO)
+    modes.rest(1, num_rested)
+    assert modes.counts[Mode.OFF] == chosen.count(Mode.OFF) + num_rested
     taken(modes, {Mode.FLOOR: BAD}, num_steps=1)
     assert modes.is_trying
 
@@ -65,12 +74,21 @@ def test_what_catching_up_costs_a_trial_makes_it_rarer() -> None:
             mode = modes.choose(1, has_floor=True, has_chain=True)
             if mode is Mode.CHAIN and before is not mode:
                 number += 1
-                modes.note_extra(plain_steps=extra)
+                modes.note_extra(mode, num_requests=1, plain_steps=extra)
             note(modes, mode, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.4}.get(mode, 1.0))
             before = mode
         return number
 
     assert num_trials(0.0) > 5 * num_trials(10.0) > 0
+
+
+@pytest.mark.parametrize(("gain", "extra", "num_least"), [(0.99, 0.0, 48), (0.8, 0.0, 600), (0.99, 10.0, 500)])
+def test_what_first_steps_cost_puts_off_the_first_trial(gain: float, extra: float, num_least: int) -> None:
+    modes = Modes()
+    modes.choose(1, has_floor=True, has_chain=False)
+    modes.note_extra(Mode.FLOOR, num_requests=1, plain_steps=extra)
+    chosen = taken(modes, {Mode.FLOOR: gain}, num_steps=first_steps(1) + 2 * num_least)[first_steps(1) :]
+    assert num_least <= chosen.index(Mode.FLOOR)
 
 
 def test_two_modes_that_are_nearly_as_good_are_compared_again_and_again() -> None:
@@ -95,7 +113,7 @@ def test_a_draft_that_never_drafts_does_not_hold_up_the_others() -> None:
 
 def test_the_mode_that_lost_least_in_its_first_steps_is_tried_first() -> None:
     for gains in ({Mode.FLOOR: BAD, Mode.CHAIN: 0.95}, {Mode.FLOOR: 0.95, Mode.CHAIN: BAD}):
-        chosen = taken(Modes(), gains, num_steps=2 * first_steps(1) + 100)[2 * first_steps(1) :]
+        chosen = taken(Modes(), gains, num_steps=2 * first_steps(1) + 300)[2 * first_steps(1) :]
         assert next(mode for mode in chosen if mode is not Mode.OFF) is max(gains, key=gains.__getitem__)
 
 
@@ -108,7 +126,7 @@ def test_a_mode_that_stops_to_gain_is_left() -> None:
 def test_a_trial_that_does_better_goes_on_until_it_has_convinced() -> None:
     modes = Modes()
     taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: 1.2}, num_steps=2 * first_steps(1))
-    chosen = taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.2}, num_steps=3_000)
+    chosen = taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.2}, num_steps=6_000)
     first = chosen.index(Mode.FLOOR)
     assert chosen[first : first + trial_steps(1) + 1] == [Mode.FLOOR] * (trial_steps(1) + 1)
     assert chosen[first : first + 4 * trial_steps(1)].count(Mode.FLOOR) > trial_steps(1)
