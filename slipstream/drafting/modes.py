@@ -17,7 +17,7 @@ from collections import Counter
 TRIAL_COST_RATIO = 0.003
 """What trials of one mode may cost, as a share of all steps."""
 
-FIRST_TRIAL_COST_RATIO = 0.02
+FIRST_TRIAL_COST_RATIO = 0.01
 """What its first steps may have cost by the time of its first trial: they may have been bad luck."""
 
 SHORTEST_INTERVAL = 48
@@ -29,7 +29,7 @@ _LONGEST_INTERVAL = 4096
 _FIRST_STEPS = 64
 """Steps of a mode with one request before it is compared; fewer with more requests, which tell more at once."""
 
-_LEAST_FIRST_STEPS = 8
+_LEAST_FIRST_STEPS = 4
 
 _TRIAL_STEPS = 8
 """Steps of a trial with one request; fewer with more."""
@@ -180,7 +180,7 @@ class Modes:
             self._plan_trials(size, gains, best)
         elif self._num_steps[size] >= self._next_trial[size]:
             others = [mode for mode in gains if mode is not best]
-            self._begin_trial(size, min(others, key=lambda mode: self._next_trials[size, mode]))
+            self._begin_trial(size, min(others, key=lambda mode: self._next_trials.get((size, mode), 0)))
         return best
 
     def _is_known(self, size: int, mode: Mode) -> bool:

@@ -128,7 +128,7 @@ def test_steps_that_read_prompts_and_plain_ones_nobody_asked_for_tell_nothing() 
 
 def test_it_rests_only_while_speculation_is_off_and_nothing_is_tried() -> None:
     one, seen = economy(), set[tuple[bool, bool]]()
-    for _ in range(400):
+    for _ in range(800):
         mode = one.choose(load(), has_floor=True, has_chain=False)
         if mode is not Mode.OFF:
             one.price(7)

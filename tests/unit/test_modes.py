@@ -82,12 +82,12 @@ def test_what_catching_up_costs_a_trial_makes_it_rarer() -> None:
     assert num_trials(0.0) > 5 * num_trials(10.0) > 0
 
 
-@pytest.mark.parametrize(("gain", "extra", "num_least"), [(0.99, 0.0, 48), (0.8, 0.0, 600), (0.99, 10.0, 500)])
+@pytest.mark.parametrize(("gain", "extra", "num_least"), [(0.99, 0.0, 48), (0.8, 0.0, 1_200), (0.99, 10.0, 1_000)])
 def test_what_first_steps_cost_puts_off_the_first_trial(gain: float, extra: float, num_least: int) -> None:
     modes = Modes()
     modes.choose(1, has_floor=True, has_chain=False)
     modes.note_extra(Mode.FLOOR, num_requests=1, plain_steps=extra)
-    chosen = taken(modes, {Mode.FLOOR: gain}, num_steps=first_steps(1) + 2 * num_least)[first_steps(1) :]
+    chosen = taken(modes, {Mode.FLOOR: gain}, num_steps=first_steps(1) + 5 * num_least)[first_steps(1) :]
     assert num_least <= chosen.index(Mode.FLOOR)
 
 
@@ -113,7 +113,7 @@ def test_a_draft_that_never_drafts_does_not_hold_up_the_others() -> None:
 
 def test_the_mode_that_lost_least_in_its_first_steps_is_tried_first() -> None:
     for gains in ({Mode.FLOOR: BAD, Mode.CHAIN: 0.95}, {Mode.FLOOR: 0.95, Mode.CHAIN: BAD}):
-        chosen = taken(Modes(), gains, num_steps=2 * first_steps(1) + 300)[2 * first_steps(1) :]
+        chosen = taken(Modes(), gains, num_steps=2 * first_steps(1) + 600)[2 * first_steps(1) :]
         assert next(mode for mode in chosen if mode is not Mode.OFF) is max(gains, key=gains.__getitem__)
 
 

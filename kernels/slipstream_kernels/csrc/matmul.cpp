@@ -18,8 +18,8 @@ constexpr int kLine = 64;
 // Up to this many rows take all strips of a panel at once: a tile of few sums would wait for its own additions.
 constexpr int kFewRows = 2;
 
-// So many tiles read int8 weights as floats that were made once.
-constexpr int kTilesWorthConverting = 3;
+// So many tiles read int8 weights as floats that were made once, unless these would drive out the second-level cache.
+constexpr int kTilesWorthConverting = 3, kMostFloats = 1 << 16;
 
 // Where the weights of a step lie: vector v belongs to strip v / kStripVectors.
 struct Weights {
@@ -213,7 +213,7 @@ void Packed::product(int panel, const float* const* rows, int num_rows, float* o
     const float* const scales = type == kInt8 ? &scales_[size_t(panel) * kPanel] : nullptr;
     // Even tiles: 7 rows run as 4 and 3, since a tile of one row costs as much memory traffic as one of six.
     const int num_tiles = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
-    if (type == kInt8 && num_tiles >= kTilesWorthConverting) {
+    if (type == kInt8 && num_tiles >= kTilesWorthConverting && inner_ * kPanel <= kMostFloats) {
         weights = as_floats(weights, inner_);
         type = kFp32;
     }
