@@ -33,8 +33,8 @@ class StepPlan(msgspec.Struct, frozen=True):
     `sequences_T` is each row's line of `block_tables_BC`, whose entry c is the block that holds positions
     [c * BLOCK_TOKENS, (c + 1) * BLOCK_TOKENS). A row outside trees has `node_slots_T` NO_NODE and `num_committed_T`
     position + 1. Row t's ancestors are the node slots `ancestors[ancestor_starts[t] : ancestor_starts[t + 1]]` (T + 1
-    starts), none outside trees. `logit_rows_X` names the rows whose logits are wanted, each once, in the order they come
-    out.
+    starts), none outside trees. `logit_rows_X` names the rows whose logits are wanted, each once, in the order in which
+    they come out.
     """
 
     ids_T: Int32
