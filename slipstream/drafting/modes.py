@@ -12,7 +12,7 @@ off, trials are all it costs; while it is on, a plain step now and then keeps wh
 from __future__ import annotations
 
 import enum
-from collections import Counter
+from collections import Counter, defaultdict
 
 TRIAL_COST_RATIO = 0.003
 """What trials of one mode may cost, as a share of all steps."""
@@ -105,7 +105,7 @@ class Modes:
         self._num_steps: Counter[int] = Counter()
         self._next_trial: dict[int, int] = {}
         self._next_trials: dict[tuple[int, Mode], int] = {}
-        self._first_extra_steps: Counter[tuple[int, Mode]] = Counter()
+        self._first_extra_steps: defaultdict[tuple[int, Mode], float] = defaultdict(float)
         self._trial: Mode | None = None
         self._trial_evidence = _Evidence()
         self._trial_steps = 0
@@ -158,7 +158,8 @@ class Modes:
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
         for key in [key for key in self._num_taken if key[1] is mode]:
-            del self._num_taken[key], self._first_extra_steps[key]
+            del self._num_taken[key]
+            self._first_extra_steps.pop(key, None)
             self._evidence.pop(key, None)
         self._next_trials.clear()
         self._next_trial.clear()
