@@ -285,13 +285,11 @@ class Engine:
 
     def _draft(self, working: Sequence[RunningSequence]) -> Sequence[DraftTree]:
         """One tree per sequence; NO_DRAFT for those that read their prompt or must not speculate."""
-        drafter = self._waking_drafter()
+        drafter, wanting = self._waking_drafter(), [one for one in working if one.max_depth]
         if drafter is None:
             return [NO_DRAFT] * len(working)
-        wanting = [sequence for sequence in working if sequence.max_depth]
-        if self._merged is not None and not self._merged.wants(load_of(working), can_draft=bool(wanting)):
-            return [NO_DRAFT] * len(working)
-        if not wanting:
+        is_worth_it = self._merged is None or self._merged.wants(load_of(working), can_draft=bool(wanting))
+        if not wanting or not is_worth_it:
             return [NO_DRAFT] * len(working)
         max_nodes = self.limits.num_draft_tokens
         contexts = [
