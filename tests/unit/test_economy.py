@@ -114,7 +114,7 @@ def test_a_step_that_the_machine_interrupted_counts_as_two() -> None:
     assert one.modes.gain(Mode.FLOOR, num_requests=1) > 0.97 * before
 
 
-def test_steps_that_read_prompts_and_plain_ones_nobody_asked_for_tell_nothing() -> None:
+def test_steps_that_read_prompts_and_those_in_which_nobody_can_draft_tell_nothing() -> None:
     one = economy()
     one.choose(load(num_rows=100), has_floor=True, has_chain=False)
     one.price(7)
