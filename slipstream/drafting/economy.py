@@ -41,7 +41,7 @@ _PROMISED_AT_FIRST = 20.0
 
 
 class Took(NamedTuple):
-    """Seconds of a step, its pass among them, and the tokens it gave; `is_usual`: no draft model had to catch up."""
+    """Seconds of a step, its pass among them, and the tokens it gave; `is_usual`: no draft model read texts anew."""
 
     step_s: float
     pass_s: float
@@ -79,7 +79,8 @@ class Economy:
         self.modes = Modes()
         self._overhead = Overhead()
         self._load = StepLoad(0, 0, 0.0)
-        self._mode = Mode.OFF
+        self._mode = self._drafting_mode = Mode.OFF
+        self._is_switching = False
         self._is_typical = self._can_draft = False
         self._expected_pass_s = self._plain_s = 1.0
         self._costs = _NO_COSTS
@@ -97,6 +98,8 @@ class Economy:
         self._is_typical = load.num_rows == load.num_choosing and self._can_draft
         if self._can_draft:
             self._mode = self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
+            self._is_switching |= self._mode is not self._drafting_mode
+            self._drafting_mode = self._mode
         return self._mode
 
     def price(self, max_nodes: int) -> Price:
@@ -141,8 +144,9 @@ class Economy:
     def settle(self, took: Took) -> None:
         """What became of the step.
 
-        What it took beside its pass is all that drafting costs, wherever it is spent. Steps that read prompts, and
-        those in which nobody could draft, are left out.
+        What it took beside its pass is all that drafting costs, wherever it is spent; that a draft model reads the
+        texts of requests that joined is among it. Only what it reads because its mode was chosen just now is not, but
+        is what trying the mode costs. Steps that read prompts, and those in which nobody could draft, are left out.
         """
         load, mode = self._load, self._mode
         if not self._is_typical:
@@ -156,16 +160,25 @@ class Economy:
             self.expect(num_nodes=0, drafted_tokens=0.0)
         if not self._is_observed:
             self.step_cost.keep_pace(took.pass_s / self._expected_pass_s, pace_share=self._pace_share)
-        if not took.is_usual:
+        if self._is_switching and not took.is_usual:
             plain_steps = took.step_s / self._plain_s
             self.modes.note_extra(mode, num_requests=load.num_choosing, plain_steps=plain_steps)
             return
-        expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
-        plain_steps = min(took.step_s, _LARGEST_SURPRISE * expected_s) / self._plain_s
+        self._is_switching = False
+        step_s = took.step_s
+        if took.is_usual:
+            expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
+            step_s = min(step_s, _LARGEST_SURPRISE * expected_s)
         promise = self._promises[mode]
         promise.observe(self._drafted_tokens, took.num_tokens - load.num_choosing)
         num_tokens = load.num_choosing + promise.kept_share * self._drafted_tokens
+        plain_steps = step_s / self._plain_s
         self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
+
+    def forget(self, mode: Mode) -> None:
+        """Begin anew with a mode: its drafter was replaced."""
+        self.modes.forget(mode)
+        self._is_switching = True
 
     def _plain_step_s(self, step_s: Float64) -> float:
         """What a step like this one takes without drafting."""

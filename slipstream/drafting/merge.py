@@ -157,7 +157,7 @@ class MergedDrafter:
         for model in (self.greedy, self.sampled):
             model.forget("chain")
         if self.economy is not None:
-            self.economy.modes.forget(Mode.CHAIN)
+            self.economy.forget(Mode.CHAIN)
 
     def install_matrix(self, matrix: StoredMatrix, *, version: int) -> None:
         """Begin anew with this matrix."""

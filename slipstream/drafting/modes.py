@@ -129,7 +129,7 @@ class Modes:
     def note(self, mode: Mode, *, num_requests: int, num_tokens: float, plain_steps: float) -> None:
         """What a step gave all requests together, and as how many plain steps of theirs it took.
 
-        Not to be told of steps that did more than go on with requests, such as read prompts.
+        Not to be told of steps in which the target did more than go on with requests, such as read prompts.
         """
         key = num_requests.bit_length(), mode
         if key not in self._evidence:
@@ -139,7 +139,7 @@ class Modes:
             self._trial_evidence.note(num_tokens / num_requests, plain_steps)
 
     def note_extra(self, mode: Mode, *, num_requests: int, plain_steps: float) -> None:
-        """A step took so many plain steps as a draft model had to catch up: that tells nothing but what it cost."""
+        """A step took so many plain steps, as a draft model caught up after a switch: what trying a mode costs."""
         size = num_requests.bit_length()
         if self._trial is not None:
             self._trial_extra_steps += plain_steps
@@ -173,15 +173,15 @@ class Modes:
         gains = {mode: self._gain_at(size, mode) for mode in (Mode.OFF, *drafting)}
         gains[Mode.OFF] *= _LEAST_GAIN
         best = max(gains, key=gains.__getitem__)
+        if size not in self._next_trial:
+            self._plan_trials(size, gains, best)
         if self._trial is not None:
             if self._trial in gains and self._goes_on(size, self._trial, best_gain=gains[best]):
                 return self._trial
             self._end_trial(size, gains, best)
-        elif size not in self._next_trial:
-            self._plan_trials(size, gains, best)
         elif self._num_steps[size] >= self._next_trial[size]:
             others = [mode for mode in gains if mode is not best]
-            self._begin_trial(size, min(others, key=lambda mode: self._next_trials.get((size, mode), 0)))
+            self._begin_trial(size, min(others, key=lambda mode: self._next_trials[size, mode]))
         return best
 
     def _is_known(self, size: int, mode: Mode) -> bool:
@@ -222,11 +222,12 @@ class Modes:
 
     def _fix_trial(self, size: int, mode: Mode, interval: float) -> None:
         bounded = min(max(interval, SHORTEST_INTERVAL), _LONGEST_INTERVAL)
-        self._next_trials[size, mode] = self._num_steps[size] + int(bounded)
+        due = self._num_steps[size] + int(bounded)
+        self._next_trials[size, mode] = max(due, self._next_trials.get((size, mode), 0))
 
     def _fix_next_trial(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
         now = self._num_steps[size]
-        others = (self._next_trials.setdefault((size, one), now) for one in gains if one is not best)
+        others = (self._next_trials[size, one] for one in gains if one is not best)
         self._next_trial[size] = max(min(others), now + SHORTEST_INTERVAL)
 
     def _goes_on(self, size: int, trial: Mode, *, best_gain: float) -> bool:

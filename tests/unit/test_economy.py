@@ -34,9 +34,13 @@ def take(
     num_tokens: int,
     num_nodes: int = 0,
     promised_tokens: float | None = None,
+    reading_s: float = 0.0,
 ) -> None:
-    """Steps in a mode that take what is predicted, and give that unless something else was promised."""
-    for _ in range(num_steps):
+    """Steps in a mode that take what is predicted, and give that unless something else was promised.
+
+    In the last one, a draft model reads for so long.
+    """
+    for left in reversed(range(num_steps)):
         one.modes.choose = lambda *_, **__: mode  # type: ignore[method-assign]
         one.choose(load(), has_floor=True, has_chain=True)
         pass_s = 1.0 + 0.2 * num_nodes
@@ -44,7 +48,8 @@ def take(
             drafted_tokens = num_tokens - 1 if promised_tokens is None else promised_tokens
             one.price(7)
             one.expect(num_nodes=num_nodes, drafted_tokens=drafted_tokens)
-        one.settle(Took(pass_s + BESIDE_S, pass_s, num_tokens, is_usual=True))
+        own_reading_s = 0.0 if left else reading_s
+        one.settle(Took(pass_s + BESIDE_S + own_reading_s, pass_s, num_tokens, is_usual=not own_reading_s))
 
 
 def test_time_is_worth_the_tokens_a_second_of_plain_steps_at_least() -> None:
@@ -124,6 +129,25 @@ def test_steps_that_read_prompts_and_those_in_which_nobody_can_draft_tell_nothin
     one.choose(load(), has_floor=False, has_chain=False)
     one.settle(Took(9.0, 8.0, 1, is_usual=True))
     assert one.modes.gain(Mode.OFF, num_requests=1) == 1.0
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_reading_texts_counts_unless_the_mode_was_chosen_just_now_or_its_draft_is_new(is_replaced: bool) -> None:
+    one, plain_s = economy(), 1.0 + BESIDE_S
+    take(one, Mode.OFF, num_steps=30, num_tokens=1)
+    take(one, Mode.CHAIN, num_steps=1, num_tokens=2, reading_s=100.0)
+    take(one, Mode.CHAIN, num_steps=50, num_tokens=2)
+    before = one.modes.gain(Mode.CHAIN, num_requests=1)
+    assert before == pytest.approx(2.0), "what it read at first was due to the switch"
+    if is_replaced:
+        one.forget(Mode.CHAIN)
+        take(one, Mode.CHAIN, num_steps=1, num_tokens=2, reading_s=50.0)
+        take(one, Mode.CHAIN, num_steps=1, num_tokens=2)
+        assert one.modes.gain(Mode.CHAIN, num_requests=1) == pytest.approx(2.0)
+        return
+    take(one, Mode.CHAIN, num_steps=50, num_tokens=2, reading_s=50 * plain_s)
+    after = one.modes.gain(Mode.CHAIN, num_requests=1)
+    assert after == pytest.approx(200 / 150, rel=0.05), "a text of some hundred tokens took fifty plain steps"
 
 
 def test_it_rests_only_while_speculation_is_off_and_nothing_is_tried() -> None:

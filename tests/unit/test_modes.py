@@ -91,6 +91,18 @@ def test_what_first_steps_cost_puts_off_the_first_trial(gain: float, extra: floa
     assert num_least <= chosen.index(Mode.FLOOR)
 
 
+def test_what_first_steps_cost_counts_where_a_trial_of_another_size_ends() -> None:
+    modes = Modes()
+    taken(modes, {Mode.FLOOR: BAD}, num_steps=2 * first_steps(2), num_requests=2)
+    for _ in range(first_steps(1)):
+        modes.note(Mode.FLOOR, num_requests=1, num_tokens=2, plain_steps=2 / BAD)
+    while not modes.is_trying:
+        taken(modes, {Mode.FLOOR: BAD}, num_steps=1, num_requests=2)
+    chosen = taken(modes, {Mode.FLOOR: BAD}, num_steps=1_000)
+    after = chosen[chosen.index(Mode.OFF) :]
+    assert Mode.FLOOR not in after, "64 first steps that lost 0.3 each put off the next ones by 1,900"
+
+
 def test_two_modes_that_are_nearly_as_good_are_compared_again_and_again() -> None:
     chosen = taken(Modes(), {Mode.FLOOR: 1.40, Mode.CHAIN: 1.41}, num_steps=2_000)
     assert min(chosen[2 * first_steps(1) :].count(mode) for mode in (Mode.FLOOR, Mode.CHAIN)) > 100
