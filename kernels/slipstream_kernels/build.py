@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).parent / "csrc"
-BASELINE = ("cpu.cpp", "pool.cpp")
+BASELINE = ("cpu.cpp", "memory.cpp", "pool.cpp")
 """Sources that are compiled once, for any processor of the machine's kind."""
 
 # Contraction stays off: a fused multiply-add happens where it is written, so that results do not hang on a compiler's

@@ -102,6 +102,19 @@ def test_a_decoder_rounded_to_int8_says_nearly_the_same() -> None:
     assert difference.mean() < 0.1 * exact.std()
 
 
+def test_weights_lie_behind_a_cache_of_any_size_or_the_error_says_that_it_does_not_fit() -> None:
+    checkpoint = load_checkpoint(REFERENCE)
+    weights = arrange(checkpoint.config, checkpoint.weights, dtype=None)
+    rows = Rows(token_ids=random_ids(1, 96, checkpoint.config.vocab_size), blocks=scattered(1, [96])[0])
+    small, large = (
+        logits(NativeDecoder(weights, num_blocks=number, num_node_slots=0, max_rows=96), rows)
+        for number in (NUM_BLOCKS, 2_000)  # 4 and 131 MB
+    )
+    assert torch.equal(small, large)
+    with pytest.raises(MemoryError, match="a cache of 2147483647 blocks and 96 rows does not fit in memory"):
+        NativeDecoder(weights, num_blocks=2**31 - 1, num_node_slots=0, max_rows=96)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_whose_logits_nobody_wants_change_nothing_for_the_others(tmp_path: Path, family: Family) -> None:
     """They are spared the last layer behind its keys and values, which later rows read."""

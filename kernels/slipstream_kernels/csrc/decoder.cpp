@@ -5,12 +5,7 @@
 namespace SLIPSTREAM_ISA {
 namespace {
 
-Buffer zeros(size_t size) { return Buffer(new float[size]()); }
-
-// Not touched, so that the system hands out pages as they are used.
-Buffer unset(size_t size) { return Buffer(new float[size]); }
-
-std::vector<float> as_floats(const Source& source, size_t size) {
+std::vector<float> floats_of(const Source& source, size_t size) {
     std::vector<float> values(size);
     for (size_t i = 0; i < size; ++i) values[i] = source.at(i);
     return values;
@@ -33,19 +28,25 @@ Decoder::Decoder(const SlipstreamSizes& sizes)
     const size_t per_position = 2 * layers * sizes.kv_heads * sizes.head_dim;
     block_store_ = zeros(per_position * sizes.num_blocks * kBlock);
     node_store_ = zeros(per_position * std::max(1, sizes.num_node_slots));
-    scratch_.x = unset(rows * sizes.hidden);
-    scratch_.normed = unset(rows * hidden_stride_);
-    scratch_.qkv = unset(rows * qkv_width_);
-    scratch_.attended = unset(rows * attended_stride_);
-    scratch_.delta = unset(rows * delta_width_);
-    scratch_.activated = unset(choices * layers_[0]->mlp.activated_width());
-    scratch_.expert_out = unset(choices * layers_[0]->mlp.out_width());
+    scratch_.x = memory_.take<float>(rows * sizes.hidden);
+    scratch_.normed = memory_.take<float>(rows * hidden_stride_);
+    scratch_.qkv = memory_.take<float>(rows * qkv_width_);
+    scratch_.attended = memory_.take<float>(rows * attended_stride_);
+    scratch_.delta = memory_.take<float>(rows * delta_width_);
+    scratch_.activated = memory_.take<float>(choices * layers_[0]->mlp.activated_width());
+    scratch_.expert_out = memory_.take<float>(choices * layers_[0]->mlp.out_width());
     scratch_.experts.resize(layers * choices);
-    scratch_.expert_weights = unset(layers * choices);
+    scratch_.expert_weights = memory_.take<float>(layers * choices);
     scratch_.group_starts.resize(layers * (num_experts_ + 1));
     scratch_.group_choices.resize(layers * choices);
     scratch_.active.resize(layers * num_experts_);
     scratch_.num_active.resize(layers);
+}
+
+float* Decoder::zeros(size_t number) {
+    float* const taken = memory_.take<float>(number);
+    std::fill_n(taken, number, 0.0f);
+    return taken;
 }
 
 bool Decoder::set(SlipstreamPart part, int index, int expert, const void* data, SlipstreamType type) {
@@ -55,28 +56,29 @@ bool Decoder::set(SlipstreamPart part, int index, int expert, const void* data, 
     const Source matrix{data, type, sizes_.packs_int8 ? kInt8 : type};
     Layer& layer = *layers_[index];
     switch (part) {
-        case kEmbedding: embedding_ = whole; return true;
-        case kFinalNorm: final_norm_ = as_floats(whole, hidden); return true;
-        case kHead: return head_.pack(matrix, hidden, in_order(sizes_.vocab).data(), sizes_.vocab);
+        case kEmbedding: embedding_ = whole; break;
+        case kFinalNorm: final_norm_ = floats_of(whole, hidden); break;
+        case kHead: head_.pack(matrix, hidden, in_order(sizes_.vocab).data(), sizes_.vocab, memory_); break;
         case kCosines: cosines_ = static_cast<const float*>(data); return type == kFp32;
         case kSines: sines_ = static_cast<const float*>(data); return type == kFp32;
-        case kAttentionNorm: layer.attention_norm = as_floats(whole, hidden); return true;
-        case kQkv: return layer.qkv.pack(matrix, hidden, in_order(query + 2 * key).data(), query + 2 * key);
-        case kQueryNorm: layer.query_norm = as_floats(whole, is_whole ? query : sizes_.head_dim); return true;
-        case kKeyNorm: layer.key_norm = as_floats(whole, is_whole ? key : sizes_.head_dim); return true;
-        case kAttentionOut: return layer.attention_out.pack(matrix, query, in_order(hidden).data(), hidden);
-        case kMlpNorm: layer.mlp_norm = as_floats(whole, hidden); return true;
-        case kRouter: layer.router = as_floats(whole, size_t(sizes_.experts) * hidden); return true;
-        case kGateUp: return layer.mlp.set_gate_up(expert, matrix);
-        case kDown: return layer.mlp.set_down(expert, matrix);
+        case kAttentionNorm: layer.attention_norm = floats_of(whole, hidden); break;
+        case kQkv: layer.qkv.pack(matrix, hidden, in_order(query + 2 * key).data(), query + 2 * key, memory_); break;
+        case kQueryNorm: layer.query_norm = floats_of(whole, is_whole ? query : sizes_.head_dim); break;
+        case kKeyNorm: layer.key_norm = floats_of(whole, is_whole ? key : sizes_.head_dim); break;
+        case kAttentionOut: layer.attention_out.pack(matrix, query, in_order(hidden).data(), hidden, memory_); break;
+        case kMlpNorm: layer.mlp_norm = floats_of(whole, hidden); break;
+        case kRouter: layer.router = floats_of(whole, size_t(sizes_.experts) * hidden); break;
+        case kGateUp: layer.mlp.set_gate_up(expert, matrix, memory_); break;
+        case kDown: layer.mlp.set_down(expert, matrix, memory_); break;
+        default: return false;
     }
-    return false;
+    return true;
 }
 
 // Blocks: [layer][block][kv head][keys, values][kBlock * head_dim]. Nodes: [layer][slot][kv head][keys, values][head_dim].
 float* Decoder::block_keys(int layer, int kv_head, int block) const {
     const size_t place = (size_t(layer) * sizes_.num_blocks + block) * sizes_.kv_heads + kv_head;
-    return block_store_.get() + place * 2 * kBlock * sizes_.head_dim;
+    return block_store_ + place * 2 * kBlock * sizes_.head_dim;
 }
 
 float* Decoder::block_values(int layer, int kv_head, int block) const {
@@ -85,7 +87,7 @@ float* Decoder::block_values(int layer, int kv_head, int block) const {
 
 float* Decoder::node_keys(int layer, int kv_head, int slot) const {
     const size_t place = (size_t(layer) * sizes_.num_node_slots + slot) * sizes_.kv_heads + kv_head;
-    return node_store_.get() + place * 2 * sizes_.head_dim;
+    return node_store_ + place * 2 * sizes_.head_dim;
 }
 
 float* Decoder::node_values(int layer, int kv_head, int slot) const {

@@ -10,8 +10,6 @@
 
 namespace SLIPSTREAM_ISA {
 
-using Buffer = std::unique_ptr<float[]>;
-
 struct Layer {
     explicit Layer(Experts experts) : mlp(std::move(experts)) {}
 
@@ -22,28 +20,28 @@ struct Layer {
 
 // What one pass works on; every buffer is allocated once, for `max_rows` rows.
 struct Scratch {
-    Buffer x;           // residual stream [T, hidden]
-    Buffer normed;      // what a product reads [T, row_stride(hidden)]
-    Buffer qkv;         // [T, (heads + 2 kv heads) * head_dim], padded to panels
-    Buffer attended;    // [T, row_stride(heads * head_dim)]
-    Buffer delta;       // what attention adds [T, hidden], padded to panels
-    Buffer activated;   // silu(gate) * up of every chosen expert [T * K, inner], padded
-    Buffer expert_out;  // [T * K, hidden], padded to panels
+    float* x;           // residual stream [T, hidden]
+    float* normed;      // what a product reads [T, row_stride(hidden)]
+    float* qkv;         // [T, (heads + 2 kv heads) * head_dim], padded to panels
+    float* attended;    // [T, row_stride(heads * head_dim)]
+    float* delta;       // what attention adds [T, hidden], padded to panels
+    float* activated;   // silu(gate) * up of every chosen expert [T * K, inner], padded
+    float* expert_out;  // [T * K, hidden], padded to panels
     // Per layer, since a thread that comes late may still look at an earlier layer's while others work on a later one.
     std::vector<int32_t> experts;       // [L, T, K]
-    Buffer expert_weights;              // [L, T, K]
+    float* expert_weights;              // [L, T, K]
     std::vector<int32_t> group_starts;  // [L, E + 1]: where an expert's choices begin in group_choices
     std::vector<int32_t> group_choices; // [L, T * K]: row * K + rank
     std::vector<int32_t> active;        // [L, E]: experts with a row, those with most first
     std::vector<int32_t> num_active;    // [L]
-    std::vector<Buffer> scores;         // per thread
+    std::vector<float*> scores;         // per thread
 };
 
 class Decoder {
    public:
     explicit Decoder(const SlipstreamSizes& sizes);
 
-    // Take over a tensor; false if memory ran out or the part is unknown.
+    // Take over a tensor; false if the part is unknown. Throws std::bad_alloc.
     bool set(SlipstreamPart part, int layer, int expert, const void* data, SlipstreamType type);
 
     // Logits [num_logit_rows, vocab]; experts [T, L, K] unless null or dense: -1 in the last layer of rows without logits.
@@ -55,6 +53,7 @@ class Decoder {
    private:
     friend struct ForwardPass;
 
+    float* zeros(size_t number);
     HeadCache head_cache(int layer, int kv_head) const;
     float* block_keys(int layer, int kv_head, int block) const;
     float* block_values(int layer, int kv_head, int block) const;
@@ -62,13 +61,14 @@ class Decoder {
     float* node_values(int layer, int kv_head, int slot) const;
 
     SlipstreamSizes sizes_;
+    slipstream::Arena memory_;  // of weights, caches and buffers
     int num_experts_, experts_per_token_, delta_width_, qkv_width_, hidden_stride_, attended_stride_;
     Source embedding_{};
     const float *cosines_ = nullptr, *sines_ = nullptr;
     std::vector<float> final_norm_;
     Packed head_;
     std::vector<std::unique_ptr<Layer>> layers_;
-    Buffer block_store_, node_store_;
+    float *block_store_, *node_store_;
     Scratch scratch_;
 };
 

@@ -30,13 +30,13 @@ Experts::Experts(int num_experts, int hidden, int inner)
       gate_up_(num_experts),
       down_(num_experts) {}
 
-bool Experts::set_gate_up(int expert, const Source& source) {
+void Experts::set_gate_up(int expert, const Source& source, Arena& memory) {
     const std::vector<int> order = gates_beside_ups(inner_);
-    return gate_up_[expert].pack(source, hidden_, order.data(), int(order.size()));
+    gate_up_[expert].pack(source, hidden_, order.data(), int(order.size()), memory);
 }
 
-bool Experts::set_down(int expert, const Source& source) {
-    return down_[expert].pack(source, inner_, in_order(hidden_).data(), hidden_);
+void Experts::set_down(int expert, const Source& source, Arena& memory) {
+    down_[expert].pack(source, inner_, in_order(hidden_).data(), hidden_, memory);
 }
 
 void group_by_expert(const Routing& routing, int num_rows, int num_experts) {

@@ -17,8 +17,8 @@ class Experts {
     Experts(Experts&&) = default;
 
     // Source matrices are row-major: gate and up stacked [2 * inner, hidden], down [hidden, inner].
-    bool set_gate_up(int expert, const Source& source);
-    bool set_down(int expert, const Source& source);
+    void set_gate_up(int expert, const Source& source, Arena& memory);
+    void set_down(int expert, const Source& source, Arena& memory);
 
     int num_experts() const { return int(gate_up_.size()); }
     int hidden() const { return hidden_; }

@@ -1,5 +1,7 @@
 // The C interface of one instruction set: the decoder, and its ops one by one for tests and measurements.
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "decoder.h"
@@ -17,23 +19,42 @@ void in_pass(Body body) {
     slipstream::run_pass([](void* context, Phases& phases) { (*static_cast<Body*>(context))(phases); }, &body);
 }
 
+// What `make` returns, or `otherwise` where memory runs out.
+template <class Make, class Result>
+auto with_memory(Make make, Result otherwise) -> decltype(make()) {
+    try {
+        return make();
+    } catch (const std::bad_alloc&) {
+        return otherwise;
+    }
+}
+
+struct Matrix {
+    slipstream::Arena memory;
+    isa::Packed weights;
+};
+
+struct ExpertLayer {
+    slipstream::Arena memory;
+    isa::Experts weights;
+};
+
 }  // namespace
 
 extern "C" {
 
 auto SLIPSTREAM_EXPORT(decoder_new)(const SlipstreamSizes* sizes) -> void* {
-    try {
-        return new isa::Decoder(*sizes);
-    } catch (const std::bad_alloc&) {
-        return nullptr;
-    }
+    return with_memory([&]() -> void* { return new isa::Decoder(*sizes); }, nullptr);
 }
 
 void SLIPSTREAM_EXPORT(decoder_free)(void* decoder) { delete static_cast<isa::Decoder*>(decoder); }
 
 int SLIPSTREAM_EXPORT(decoder_set)(void* decoder, int32_t part, int32_t layer, int32_t expert, const void* data,
                                    int32_t type) {
-    return static_cast<isa::Decoder*>(decoder)->set(SlipstreamPart(part), layer, expert, data, SlipstreamType(type));
+    const auto set = [&] {
+        return static_cast<isa::Decoder*>(decoder)->set(SlipstreamPart(part), layer, expert, data, SlipstreamType(type));
+    };
+    return with_memory(set, false);
 }
 
 void SLIPSTREAM_EXPORT(decoder_forward)(void* decoder, const SlipstreamPlan* plan, float* logits, int32_t* experts) {
@@ -46,18 +67,21 @@ void SLIPSTREAM_EXPORT(decoder_keep)(void* decoder, int32_t num_moves, const int
 
 auto SLIPSTREAM_EXPORT(matrix_new)(const void* data, int32_t type, int32_t packed_type, int32_t outputs, int32_t inner)
     -> void* {
-    auto* const matrix = new isa::Packed;
-    const isa::Source source{data, SlipstreamType(type), SlipstreamType(packed_type)};
-    if (matrix->pack(source, inner, isa::in_order(outputs).data(), outputs)) return matrix;
-    delete matrix;
-    return nullptr;
+    return with_memory(
+        [&]() -> void* {
+            auto matrix = std::make_unique<Matrix>();
+            const isa::Source source{data, SlipstreamType(type), SlipstreamType(packed_type)};
+            matrix->weights.pack(source, inner, isa::in_order(outputs).data(), outputs, matrix->memory);
+            return matrix.release();
+        },
+        nullptr);
 }
 
-void SLIPSTREAM_EXPORT(matrix_free)(void* matrix) { delete static_cast<isa::Packed*>(matrix); }
+void SLIPSTREAM_EXPORT(matrix_free)(void* matrix) { delete static_cast<Matrix*>(matrix); }
 
 // out[rows, outputs] = x[rows, inner] * matrix^T.
 void SLIPSTREAM_EXPORT(matrix_product)(const void* matrix, const float* x, int32_t num_rows, float* out) {
-    const auto& weights = *static_cast<const isa::Packed*>(matrix);
+    const isa::Packed& weights = static_cast<const Matrix*>(matrix)->weights;
     const auto input = [&](int row) { return x + size_t(row) * weights.inner(); };
     in_pass([&](Phases& phases) {
         isa::matrix_product(phases, weights, num_rows, input, out, weights.num_outputs());
@@ -65,21 +89,26 @@ void SLIPSTREAM_EXPORT(matrix_product)(const void* matrix, const float* x, int32
 }
 
 auto SLIPSTREAM_EXPORT(experts_new)(int32_t num_experts, int32_t hidden, int32_t inner) -> void* {
-    return new isa::Experts(num_experts, hidden, inner);
+    return new ExpertLayer{{}, isa::Experts(num_experts, hidden, inner)};
 }
 
-void SLIPSTREAM_EXPORT(experts_free)(void* experts) { delete static_cast<isa::Experts*>(experts); }
+void SLIPSTREAM_EXPORT(experts_free)(void* experts) { delete static_cast<ExpertLayer*>(experts); }
 
 int SLIPSTREAM_EXPORT(experts_set)(void* experts, int32_t expert, const void* gate_up, const void* down, int32_t type) {
-    auto& weights = *static_cast<isa::Experts*>(experts);
+    auto& layer = *static_cast<ExpertLayer*>(experts);
     const auto whole = [&](const void* data) { return isa::Source{data, SlipstreamType(type), SlipstreamType(type)}; };
-    return weights.set_gate_up(expert, whole(gate_up)) && weights.set_down(expert, whole(down));
+    const auto set = [&] {
+        layer.weights.set_gate_up(expert, whole(gate_up), layer.memory);
+        layer.weights.set_down(expert, whole(down), layer.memory);
+        return true;
+    };
+    return with_memory(set, false);
 }
 
 // out[row] = sum over its chosen experts of weight * down(silu(gate) * up).
 void SLIPSTREAM_EXPORT(experts_run)(const void* experts, const float* x, int32_t num_rows, int32_t num_chosen,
                                     int32_t* chosen, float* chosen_weights, float* out) {
-    const auto& weights = *static_cast<const isa::Experts*>(experts);
+    const isa::Experts& weights = static_cast<const ExpertLayer*>(experts)->weights;
     const int num_experts = weights.num_experts(), num_choices = num_rows * num_chosen;
     std::vector<int32_t> starts(num_experts + 1), choices(num_choices), active(num_experts), num_active(1);
     const isa::Routing routing{num_chosen,     chosen,        chosen_weights,   starts.data(),

@@ -39,7 +39,7 @@ struct ForwardPass {
         const bool is_last = index + 1 == sizes.layers;
         const int num_places = is_last ? plan.num_logit_rows : num_rows;
         const auto row_at = [&](int place) { return is_last ? plan.logit_rows[place] : place; };
-        matrix_product(phases, layer.qkv, num_rows, [&](int row) { return normed(row); }, scratch.qkv.get(),
+        matrix_product(phases, layer.qkv, num_rows, [&](int row) { return normed(row); }, scratch.qkv,
                        decoder.qkv_width_);
         phases.run(num_rows, [&](int row) { rotate_and_write(layer, index, row); });
         if (num_places == 0) return;
@@ -49,28 +49,28 @@ struct ForwardPass {
             attend_heads(phases.thread(), index, row_at(place), task / num_places, attended(place));
         });
         matrix_product(phases, layer.attention_out, num_places, [&](int place) { return attended(place); },
-                       scratch.delta.get(), decoder.delta_width_);
+                       scratch.delta, decoder.delta_width_);
         phases.run(
             num_places,
             [&](int place) {
                 const int row = row_at(place);
-                add_scaled(scratch.delta.get() + size_t(place) * decoder.delta_width_, 1.0f, sizes.hidden, x(row));
+                add_scaled(scratch.delta + size_t(place) * decoder.delta_width_, 1.0f, sizes.hidden, x(row));
                 norm_into(row, place, layer.mlp_norm);
                 choose_experts(layer, index, row, place);
             },
             [&] { group_by_expert(routes, num_places, decoder.num_experts_); });
-        run_experts(phases, layer.mlp, routes, scratch.normed.get(), decoder.hidden_stride_, scratch.activated.get(),
-                    scratch.expert_out.get());
+        run_experts(phases, layer.mlp, routes, scratch.normed, decoder.hidden_stride_, scratch.activated,
+                    scratch.expert_out);
         phases.run(num_places, [&](int place) {
             const int row = row_at(place);
-            add_experts(layer.mlp, routes, place, scratch.expert_out.get(), x(row));
+            add_experts(layer.mlp, routes, place, scratch.expert_out, x(row));
             norm_into(row, place, is_last ? decoder.final_norm_ : decoder.layers_[index + 1]->attention_norm);
         });
     }
 
-    float* x(int row) { return scratch.x.get() + size_t(row) * sizes.hidden; }
-    float* attended(int place) { return scratch.attended.get() + size_t(place) * decoder.attended_stride_; }
-    float* normed(int place) { return scratch.normed.get() + size_t(place) * decoder.hidden_stride_; }
+    float* x(int row) { return scratch.x + size_t(row) * sizes.hidden; }
+    float* attended(int place) { return scratch.attended + size_t(place) * decoder.attended_stride_; }
+    float* normed(int place) { return scratch.normed + size_t(place) * decoder.hidden_stride_; }
 
     void embed(int row) {
         const size_t first = size_t(plan.ids[row]) * sizes.hidden;
@@ -84,7 +84,7 @@ struct ForwardPass {
 
     void rotate_and_write(const Layer& layer, int index, int row) {
         const int size = sizes.head_dim, num_queries = sizes.heads, num_keys = sizes.kv_heads;
-        float* const queries = scratch.qkv.get() + size_t(row) * decoder.qkv_width_;
+        float* const queries = scratch.qkv + size_t(row) * decoder.qkv_width_;
         float* const keys = queries + num_queries * size;
         normalize(queries, num_queries, layer.query_norm);
         normalize(keys, num_keys, layer.key_norm);
@@ -125,10 +125,10 @@ struct ForwardPass {
     void attend_heads(int thread, int index, int row, int kv_head, float* out) {
         const int size = sizes.head_dim, num_shared = sizes.heads / sizes.kv_heads, first = kv_head * num_shared * size;
         const int32_t* const ancestors = plan.ancestors + plan.ancestor_starts[row];
-        const Query query{scratch.qkv.get() + size_t(row) * decoder.qkv_width_ + first, num_shared,
+        const Query query{scratch.qkv + size_t(row) * decoder.qkv_width_ + first, num_shared,
                           table(row),                                                   ancestors,
                           plan.num_committed[row], plan.ancestor_starts[row + 1] - plan.ancestor_starts[row]};
-        attend(decoder.head_cache(index, kv_head), query, size, scratch.scores[thread].get(), out + first);
+        attend(decoder.head_cache(index, kv_head), query, size, scratch.scores[thread], out + first);
     }
 
     // This layer's part of the routing buffers, see Scratch.
@@ -136,7 +136,7 @@ struct ForwardPass {
         const size_t choices = size_t(sizes.max_rows) * num_chosen;
         return {num_chosen,
                 scratch.experts.data() + index * choices,
-                scratch.expert_weights.get() + index * choices,
+                scratch.expert_weights + index * choices,
                 scratch.group_starts.data() + index * (decoder.num_experts_ + 1),
                 scratch.group_choices.data() + index * choices,
                 scratch.active.data() + index * decoder.num_experts_,
@@ -167,7 +167,7 @@ struct ForwardPass {
 
 void Decoder::forward(const SlipstreamPlan& plan, float* logits, int32_t* experts) {
     while (int(scratch_.scores.size()) < slipstream::num_threads()) {
-        scratch_.scores.emplace_back(new float[scores_size(sizes_.num_positions)]);
+        scratch_.scores.push_back(memory_.take<float>(scores_size(sizes_.num_positions)));
     }
     ForwardPass pass{*this, plan, logits, experts};
     slipstream::run_pass([](void* context, Phases& phases) { static_cast<ForwardPass*>(context)->walk(phases); }, &pass);

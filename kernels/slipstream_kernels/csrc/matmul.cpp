@@ -1,17 +1,11 @@
 #include "matmul.h"
 
 #include <cfloat>
-#include <cstdlib>
 #include <type_traits>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace SLIPSTREAM_ISA {
 namespace {
 
-constexpr size_t kHugePage = size_t(1) << 21;
 constexpr int kPrefetchBytes = 4096;  // a page ahead: hardware prefetchers stop at page borders
 constexpr int kLine = 64;
 
@@ -115,31 +109,17 @@ void panel_of(Weights weights, const float* scales, const float* const* x, int i
     }
 }
 
-void* allocate(size_t num_bytes) {
-    const size_t rounded = (num_bytes + kHugePage - 1) / kHugePage * kHugePage;
-    void* memory = std::aligned_alloc(num_bytes < kHugePage ? 64 : kHugePage, rounded);
-#if defined(__linux__)
-    if (memory != nullptr && num_bytes >= kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
-#endif
-    return memory;
-}
-
 int bytes_of(SlipstreamType type) { return type == kFp32 ? 4 : type == kBf16 ? 2 : 1; }
 
 }  // namespace
 
-Packed::~Packed() { std::free(data_); }
-
-bool Packed::pack(const Source& source, int inner, const int* order, int num_outputs) {
+void Packed::pack(const Source& source, int inner, const int* order, int num_outputs, Arena& memory) {
     const int padded_inner = source.packed_type == kBf16 ? (inner + 1) / 2 * 2 : inner;
     const int num_panels = (num_outputs + kPanel - 1) / kPanel;
     const size_t strip_bytes = size_t(padded_inner) * kStrip * bytes_of(source.packed_type);
     const size_t num_bytes = strip_bytes * (kPanel / kStrip) * num_panels;
-    char* const data = static_cast<char*>(allocate(num_bytes));
-    if (data == nullptr) return false;
-    std::free(data_);
-    std::memset(data, 0, num_bytes);
-    data_ = data;
+    data_ = memory.take<char>(num_bytes);
+    std::memset(data_, 0, num_bytes);
     strip_bytes_ = strip_bytes;
     num_panels_ = num_panels;
     num_outputs_ = num_outputs;
@@ -151,7 +131,6 @@ bool Packed::pack(const Source& source, int inner, const int* order, int num_out
         const size_t first = size_t(order[o]) * inner;
         type_ == kInt8 ? pack_rounded(source, first, inner, o) : pack_output(source, first, inner, o);
     }
-    return true;
 }
 
 void Packed::pack_output(const Source& source, size_t first, int inner, int output) {

@@ -10,10 +10,13 @@
 #include <vector>
 
 #include "abi.h"
+#include "memory.h"
 #include "pool.h"
 #include "simd.h"
 
 namespace SLIPSTREAM_ISA {
+
+using slipstream::Arena;
 
 constexpr int kVectors = 4;
 constexpr int kPanel = kVectors * kLanes;       // outputs that one task computes
@@ -40,13 +43,8 @@ struct Source {
 // it once, in order. With int8, weight = scale of its output * integer, the largest of an output being 127.
 class Packed {
    public:
-    Packed() = default;
-    Packed(const Packed&) = delete;
-    Packed& operator=(const Packed&) = delete;
-    ~Packed();
-
-    // `order[o]` is the source row of output o, -1 for zeros; source is row-major [rows, inner]. False without memory.
-    bool pack(const Source& source, int inner, const int* order, int num_outputs);
+    // `order[o]` is the source row of output o, -1 for zeros; source is row-major [rows, inner]. Weights lie in `memory`.
+    void pack(const Source& source, int inner, const int* order, int num_outputs, Arena& memory);
 
     int num_panels() const { return num_panels_; }
     int num_outputs() const { return num_outputs_; }
