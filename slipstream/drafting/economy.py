@@ -41,10 +41,15 @@ _PROMISED_AT_FIRST = 20.0
 
 
 class Took(NamedTuple):
-    """Seconds of a step, its pass among them, and the tokens it gave; `is_usual`: no draft model read texts anew."""
+    """Seconds of a step and the tokens it gave.
+
+    `pass_s` of the seconds is its pass, `asking_s` is choosing a mode and learning. `is_usual`: no draft model read
+    texts anew.
+    """
 
     step_s: float
     pass_s: float
+    asking_s: float
     num_tokens: int
     is_usual: bool
 
@@ -147,12 +152,14 @@ class Economy:
         What it took beside its pass is all that drafting costs, wherever it is spent; that a draft model reads the
         texts of requests that joined is among it. Only what it reads because its mode was chosen just now is not, but
         is what trying the mode costs. Steps that read prompts, and those in which nobody could draft, are left out.
+        Plain steps count without being asked about, as nearly all of them go while speculation is off.
         """
         load, mode = self._load, self._mode
         if not self._is_typical:
             return
+        step_s = took.step_s if mode is not Mode.OFF else took.step_s - took.asking_s
         if took.is_usual:
-            self._overhead.observe(mode, load.num_choosing, took.step_s - took.pass_s)
+            self._overhead.observe(mode, load.num_choosing, step_s - took.pass_s)
         if mode is Mode.OFF:
             self._costs = self.step_cost.over_nodes(
                 num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens
@@ -160,18 +167,17 @@ class Economy:
             self.expect(num_nodes=0, drafted_tokens=0.0)
         if not self._is_observed:
             self.step_cost.keep_pace(took.pass_s / self._expected_pass_s, pace_share=self._pace_share)
-        if self._is_switching and not took.is_usual:
-            plain_steps = took.step_s / self._plain_s
-            self.modes.note_extra(mode, num_requests=load.num_choosing, plain_steps=plain_steps)
-            return
-        self._is_switching = False
-        step_s = took.step_s
-        if took.is_usual:
-            expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
-            step_s = min(step_s, _LARGEST_SURPRISE * expected_s)
         promise = self._promises[mode]
         promise.observe(self._drafted_tokens, took.num_tokens - load.num_choosing)
         num_tokens = load.num_choosing + promise.kept_share * self._drafted_tokens
+        if self._is_switching and not took.is_usual:
+            lost_steps = step_s / self._plain_s - num_tokens / load.num_choosing
+            self.modes.note_switch(mode, num_requests=load.num_choosing, lost_steps=lost_steps)
+            return
+        self._is_switching = False
+        if took.is_usual:
+            expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
+            step_s = min(step_s, _LARGEST_SURPRISE * expected_s)
         plain_steps = step_s / self._plain_s
         self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
 

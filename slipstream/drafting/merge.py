@@ -116,6 +116,7 @@ class MergedDrafter:
         self._mode = Mode.OFF
         self._pass_s: dict[int, float] = {}
         self._was_level = True
+        self._asking_s = self._listens_since = 0.0
         self._num_steps = 0
         self._num_rest_steps = 0
         self._num_judged = 0
@@ -175,6 +176,7 @@ class MergedDrafter:
 
         `can_draft` False: no request may have a draft in it.
         """
+        started = time.perf_counter()
         has_chain = can_draft and "chain" in self.options.sources and bool(self._chains)
         has_floor = can_draft and self.options.sources != ("chain",)
         if self.economy is not None:
@@ -182,6 +184,7 @@ class MergedDrafter:
         else:
             self._mode = Mode.CHAIN if has_chain else Mode.FLOOR if has_floor else Mode.OFF
         self._was_level = True
+        self._asking_s = time.perf_counter() - started
         return self._mode is not Mode.OFF
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
@@ -201,13 +204,14 @@ class MergedDrafter:
         if self.rests:
             self._num_rest_steps -= 1
         elif self.economy is not None:
-            self.economy.settle(Took(step_s, pass_s, num_tokens, is_usual=self._was_level))
+            self.economy.settle(Took(step_s, pass_s, self._asking_s, num_tokens, is_usual=self._was_level))
             self._num_rest_steps = self.economy.rest()
 
     def listens(self) -> bool:
         """Whether this pass is to be learned from; asked once a pass. While speculation is off, few are."""
         if self.rests:
             return False
+        self._listens_since = time.perf_counter()
         self._num_steps += 1
         is_nth = self._num_steps % _STEPS_BETWEEN_LESSONS == 0
         is_trying = self.economy is not None and self.economy.modes.is_trying
@@ -223,6 +227,7 @@ class MergedDrafter:
         for request in lesson.requests:
             if request.output_ids is not None:
                 self._ended(request, request.output_ids)
+        self._asking_s += time.perf_counter() - self._listens_since
 
     def release(self, slot: int) -> None:
         """The sequence in this slot has left."""

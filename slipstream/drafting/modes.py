@@ -105,11 +105,11 @@ class Modes:
         self._num_steps: Counter[int] = Counter()
         self._next_trial: dict[int, int] = {}
         self._next_trials: dict[tuple[int, Mode], int] = {}
-        self._first_extra_steps: defaultdict[tuple[int, Mode], float] = defaultdict(float)
+        self._first_switch_steps: defaultdict[tuple[int, Mode], float] = defaultdict(float)
         self._trial: Mode | None = None
         self._trial_evidence = _Evidence()
         self._trial_steps = 0
-        self._trial_extra_steps = 0.0
+        self._trial_switch_steps = 0.0
 
     def choose(self, num_requests: int, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step."""
@@ -138,13 +138,13 @@ class Modes:
         if mode is self._trial:
             self._trial_evidence.note(num_tokens / num_requests, plain_steps)
 
-    def note_extra(self, mode: Mode, *, num_requests: int, plain_steps: float) -> None:
-        """A step took so many plain steps, as a draft model caught up after a switch: what trying a mode costs."""
+    def note_switch(self, mode: Mode, *, num_requests: int, lost_steps: float) -> None:
+        """In a step of a mode a draft model caught up after a switch: what trying the mode costs, in plain steps."""
         size = num_requests.bit_length()
         if self._trial is not None:
-            self._trial_extra_steps += plain_steps
+            self._trial_switch_steps += lost_steps
         elif not self._is_known(size, mode):
-            self._first_extra_steps[size, mode] += plain_steps
+            self._first_switch_steps[size, mode] += lost_steps
 
     def gain(self, mode: Mode, *, num_requests: int) -> float:
         """The gain of a mode; 1 where nothing is known."""
@@ -159,7 +159,7 @@ class Modes:
         """Begin anew with a mode: its drafter was replaced."""
         for key in [key for key in self._num_taken if key[1] is mode]:
             del self._num_taken[key]
-            self._first_extra_steps.pop(key, None)
+            self._first_switch_steps.pop(key, None)
             self._evidence.pop(key, None)
         self._next_trials.clear()
         self._next_trial.clear()
@@ -200,7 +200,7 @@ class Modes:
         """All modes have had their first steps, which were trials too; fix when each is tried again."""
         for mode in gains:
             own = self._evidence.get((size, mode))
-            lost_steps = self._first_extra_steps[size, mode]
+            lost_steps = self._first_switch_steps[size, mode]
             if own is not None and mode is not Mode.OFF:
                 lost_steps += _loss(gains, mode, best) * min(own.num_steps, first_steps(size))
             self._fix_trial(size, mode, lost_steps / FIRST_TRIAL_COST_RATIO)
@@ -208,7 +208,7 @@ class Modes:
 
     def _begin_trial(self, size: int, mode: Mode) -> None:
         self._trial, self._trial_evidence = mode, _Evidence()
-        self._trial_steps, self._trial_extra_steps = 0, 0.0
+        self._trial_steps, self._trial_switch_steps = 0, 0.0
         if (size, mode) in self._evidence:
             self._evidence[size, mode].let_fade(_STALE_RATIO * trial_steps(size))
 
@@ -216,7 +216,7 @@ class Modes:
         """Fix when its mode is tried again, and when the next one is."""
         mode, self._trial = self._trial, None
         assert mode is not None
-        lost_steps = _loss(gains, mode, best) * self._trial_steps + self._trial_extra_steps
+        lost_steps = _loss(gains, mode, best) * self._trial_steps + self._trial_switch_steps
         self._fix_trial(size, mode, lost_steps / TRIAL_COST_RATIO)
         self._fix_next_trial(size, gains, best)
 

@@ -74,7 +74,7 @@ def test_what_catching_up_costs_a_trial_makes_it_rarer() -> None:
             mode = modes.choose(1, has_floor=True, has_chain=True)
             if mode is Mode.CHAIN and before is not mode:
                 number += 1
-                modes.note_extra(mode, num_requests=1, plain_steps=extra)
+                modes.note_switch(mode, num_requests=1, lost_steps=extra)
             note(modes, mode, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.4}.get(mode, 1.0))
             before = mode
         return number
@@ -86,7 +86,7 @@ def test_what_catching_up_costs_a_trial_makes_it_rarer() -> None:
 def test_what_first_steps_cost_puts_off_the_first_trial(gain: float, extra: float, num_least: int) -> None:
     modes = Modes()
     modes.choose(1, has_floor=True, has_chain=False)
-    modes.note_extra(Mode.FLOOR, num_requests=1, plain_steps=extra)
+    modes.note_switch(Mode.FLOOR, num_requests=1, lost_steps=extra)
     chosen = taken(modes, {Mode.FLOOR: gain}, num_steps=first_steps(1) + 5 * num_least)[first_steps(1) :]
     assert num_least <= chosen.index(Mode.FLOOR)
 
