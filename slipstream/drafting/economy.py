@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slipstream.drafting.drafter import Lesson, StepLoad
-from slipstream.drafting.modes import Mode, Modes
+from slipstream.drafting.modes import CATCH_UP_STEPS, Mode, Modes
 from slipstream.drafting.overhead import Overhead
 from slipstream.drafting.step_cost import NodeCosts, StepCost, distinct_experts
 from slipstream_kernels.merging import Float64, Price
@@ -85,7 +85,7 @@ class Economy:
         self._overhead = Overhead()
         self._load = StepLoad(0, 0, 0.0)
         self._mode = self._drafting_mode = Mode.OFF
-        self._is_switching = False
+        self._num_catching_up = 0
         self._is_typical = self._can_draft = False
         self._expected_pass_s = self._plain_s = 1.0
         self._costs = _NO_COSTS
@@ -103,7 +103,8 @@ class Economy:
         self._is_typical = load.num_rows == load.num_choosing and self._can_draft
         if self._can_draft:
             self._mode = self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
-            self._is_switching |= self._mode is not self._drafting_mode
+            if self._mode is not self._drafting_mode:
+                self._num_catching_up = CATCH_UP_STEPS
             self._drafting_mode = self._mode
         return self._mode
 
@@ -170,11 +171,12 @@ class Economy:
         promise = self._promises[mode]
         promise.observe(self._drafted_tokens, took.num_tokens - load.num_choosing)
         num_tokens = load.num_choosing + promise.kept_share * self._drafted_tokens
-        if self._is_switching and not took.is_usual:
+        if self._num_catching_up and not took.is_usual:
+            self._num_catching_up -= 1
             lost_steps = step_s / self._plain_s - num_tokens / load.num_choosing
             self.modes.note_switch(mode, num_requests=load.num_choosing, lost_steps=lost_steps)
             return
-        self._is_switching = False
+        self._num_catching_up = 0
         if took.is_usual:
             expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
             step_s = min(step_s, _LARGEST_SURPRISE * expected_s)
@@ -184,7 +186,7 @@ class Economy:
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
         self.modes.forget(mode)
-        self._is_switching = True
+        self._num_catching_up = CATCH_UP_STEPS
 
     def _plain_step_s(self, step_s: Float64) -> float:
         """What a step like this one takes without drafting."""

@@ -39,8 +39,8 @@ _LEAST_TRIAL_STEPS = 2
 _LONGEST_TRIAL_RATIO = 4
 """A trial that does better than the best mode goes on, up to so many times as long."""
 
-_CATCH_UP_STEPS = 8
-"""A draft model may have to catch up with texts first: so many steps of a trial may tell nothing."""
+CATCH_UP_STEPS = 8
+"""A draft model may have to catch up with texts first: so many steps after a switch may tell nothing."""
 
 _FIRST_PATIENCE = 2
 """A mode that told too little in so many times its first steps is compared all the same."""
@@ -237,7 +237,7 @@ class Modes:
             return self._trial_steps <= 1
         tried = self._trial_evidence
         if tried.num_steps < trial_steps(size):
-            return self._trial_steps <= trial_steps(size) + _CATCH_UP_STEPS
+            return self._trial_steps <= trial_steps(size) + CATCH_UP_STEPS
         return tried.gain > best_gain and self._trial_steps <= _LONGEST_TRIAL_RATIO * trial_steps(size)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from slipstream.drafting.drafter import Lesson, StepLoad
 from slipstream.drafting.economy import LARGEST_BAR, REST_STEPS, Economy, Promise, Took
-from slipstream.drafting.modes import Mode, first_steps
+from slipstream.drafting.modes import CATCH_UP_STEPS, Mode, first_steps
 from slipstream.drafting.step_cost import MeasuredSteps, StepCost
 
 ROWS, CONTEXTS = (1, 2, 4, 8), (16,)
@@ -148,6 +148,16 @@ def test_reading_texts_counts_unless_the_mode_was_chosen_just_now_or_its_draft_i
     take(one, Mode.CHAIN, num_steps=50, num_tokens=2, reading_s=50 * plain_s)
     after = one.modes.gain(Mode.CHAIN, num_requests=1)
     assert after == pytest.approx(200 / 150, rel=0.05), "a text of some hundred tokens took fifty plain steps"
+
+
+def test_a_mode_whose_draft_reads_new_texts_in_every_step_is_judged_all_the_same() -> None:
+    one = economy()
+    take(one, Mode.OFF, num_steps=30, num_tokens=1)
+    for _ in range(CATCH_UP_STEPS):
+        take(one, Mode.CHAIN, num_steps=1, num_tokens=2, reading_s=1.0 + BESIDE_S)
+        assert one.modes.gain(Mode.CHAIN, num_requests=1) == 1.0, "it may still be the switch"
+    take(one, Mode.CHAIN, num_steps=1, num_tokens=4, reading_s=1.0 + BESIDE_S)
+    assert one.modes.gain(Mode.CHAIN, num_requests=1) == pytest.approx(2.0, rel=0.2)
 
 
 def test_plain_steps_cost_what_they_cost_while_nobody_asks() -> None:
