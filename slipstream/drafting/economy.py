@@ -29,6 +29,8 @@ REST_STEPS = 7
 _LARGEST_SURPRISE = 2.0
 """A step counts as long as so many times what was expected of it, at most: the machine may have interrupted it."""
 
+_LONGEST_READING = 32.0
+"""A step in which a draft model reads texts, which nothing foresees, counts as so many plain steps at most."""
 
 _LITTLE_KNOWN = 0.14
 """Where less of an error is due to the pace, the size is new: every step of it counts."""
@@ -43,13 +45,13 @@ _PROMISED_AT_FIRST = 20.0
 class Took(NamedTuple):
     """Seconds of a step and the tokens it gave.
 
-    `pass_s` of the seconds is its pass, `asking_s` is choosing a mode and learning. `is_usual`: no draft model read
-    texts anew.
+    `pass_s` of the seconds is its pass, and `spared_s` choosing a mode and learning, which steps that rest are spared.
+    `is_usual`: no draft model read texts anew.
     """
 
     step_s: float
     pass_s: float
-    asking_s: float
+    spared_s: float
     num_tokens: int
     is_usual: bool
 
@@ -84,8 +86,8 @@ class Economy:
         self.modes = Modes()
         self._overhead = Overhead()
         self._load = StepLoad(0, 0, 0.0)
-        self._mode = self._drafting_mode = Mode.OFF
-        self._num_catching_up = 0
+        self._mode = self._last_mode = Mode.OFF
+        self._num_switch_steps = 0
         self._is_typical = self._can_draft = False
         self._expected_pass_s = self._plain_s = 1.0
         self._costs = _NO_COSTS
@@ -103,9 +105,9 @@ class Economy:
         self._is_typical = load.num_rows == load.num_choosing and self._can_draft
         if self._can_draft:
             self._mode = self.modes.choose(load.num_choosing, has_floor=has_floor, has_chain=has_chain)
-            if self._mode is not self._drafting_mode:
-                self._num_catching_up = CATCH_UP_STEPS
-            self._drafting_mode = self._mode
+            if self._mode is not self._last_mode:
+                self._num_switch_steps = CATCH_UP_STEPS
+            self._last_mode = self._mode
         return self._mode
 
     def price(self, max_nodes: int) -> Price:
@@ -158,7 +160,7 @@ class Economy:
         load, mode = self._load, self._mode
         if not self._is_typical:
             return
-        step_s = took.step_s if mode is not Mode.OFF else took.step_s - took.asking_s
+        step_s = took.step_s if mode is not Mode.OFF else took.step_s - took.spared_s
         if took.is_usual:
             self._overhead.observe(mode, load.num_choosing, step_s - took.pass_s)
         if mode is Mode.OFF:
@@ -171,22 +173,22 @@ class Economy:
         promise = self._promises[mode]
         promise.observe(self._drafted_tokens, took.num_tokens - load.num_choosing)
         num_tokens = load.num_choosing + promise.kept_share * self._drafted_tokens
-        if self._num_catching_up and not took.is_usual:
-            self._num_catching_up -= 1
-            lost_steps = step_s / self._plain_s - num_tokens / load.num_choosing
-            self.modes.note_switch(mode, num_requests=load.num_choosing, lost_steps=lost_steps)
-            return
-        self._num_catching_up = 0
+        if self._num_switch_steps and not took.is_usual:
+            self._num_switch_steps -= 1
+            note = self.modes.note_switch
+        else:
+            self._num_switch_steps = 0
+            note = self.modes.note
+        longest_s = _LONGEST_READING * self._plain_s
         if took.is_usual:
-            expected_s = self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing)
-            step_s = min(step_s, _LARGEST_SURPRISE * expected_s)
-        plain_steps = step_s / self._plain_s
-        self.modes.note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
+            longest_s = _LARGEST_SURPRISE * (self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing))
+        plain_steps = min(step_s, longest_s) / self._plain_s
+        note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
 
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
         self.modes.forget(mode)
-        self._num_catching_up = CATCH_UP_STEPS
+        self._num_switch_steps = CATCH_UP_STEPS
 
     def _plain_step_s(self, step_s: Float64) -> float:
         """What a step like this one takes without drafting."""

@@ -116,7 +116,7 @@ class MergedDrafter:
         self._mode = Mode.OFF
         self._pass_s: dict[int, float] = {}
         self._was_level = True
-        self._asking_s = self._listens_since = 0.0
+        self._spared_s = self._listens_since = 0.0
         self._num_steps = 0
         self._num_rest_steps = 0
         self._num_judged = 0
@@ -184,7 +184,7 @@ class MergedDrafter:
         else:
             self._mode = Mode.CHAIN if has_chain else Mode.FLOOR if has_floor else Mode.OFF
         self._was_level = True
-        self._asking_s = time.perf_counter() - started
+        self._spared_s = time.perf_counter() - started
         return self._mode is not Mode.OFF
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
@@ -204,7 +204,7 @@ class MergedDrafter:
         if self.rests:
             self._num_rest_steps -= 1
         elif self.economy is not None:
-            self.economy.settle(Took(step_s, pass_s, self._asking_s, num_tokens, is_usual=self._was_level))
+            self.economy.settle(Took(step_s, pass_s, self._spared_s, num_tokens, is_usual=self._was_level))
             self._num_rest_steps = self.economy.rest()
 
     def listens(self) -> bool:
@@ -227,7 +227,7 @@ class MergedDrafter:
         for request in lesson.requests:
             if request.output_ids is not None:
                 self._ended(request, request.output_ids)
-        self._asking_s += time.perf_counter() - self._listens_since
+        self._spared_s += time.perf_counter() - self._listens_since
 
     def release(self, slot: int) -> None:
         """The sequence in this slot has left."""

@@ -43,7 +43,7 @@ CATCH_UP_STEPS = 8
 """A draft model may have to catch up with texts first: so many steps after a switch may tell nothing."""
 
 _FIRST_PATIENCE = 2
-"""A mode that told too little in so many times its first steps is compared all the same."""
+"""A mode that told too little in so many times its first steps, catching up apart, is compared all the same."""
 
 _LEAST_GAIN = 1.02
 """What drafting must gain: less than that does not pay for being wrong."""
@@ -112,7 +112,7 @@ class Modes:
         self._trial_switch_steps = 0.0
 
     def choose(self, num_requests: int, *, has_floor: bool, has_chain: bool) -> Mode:
-        """The mode of the coming step."""
+        """The mode of the coming step. Which drafters there are changes with `forget` alone."""
         size = num_requests.bit_length()
         self._num_steps[size] += 1
         drafting = [Mode.FLOOR] * has_floor + [Mode.CHAIN] * has_chain
@@ -138,10 +138,15 @@ class Modes:
         if mode is self._trial:
             self._trial_evidence.note(num_tokens / num_requests, plain_steps)
 
-    def note_switch(self, mode: Mode, *, num_requests: int, lost_steps: float) -> None:
-        """In a step of a mode a draft model caught up after a switch: what trying the mode costs, in plain steps."""
+    def note_switch(self, mode: Mode, *, num_requests: int, num_tokens: float, plain_steps: float) -> None:
+        """As `note`, of a step in which a draft model caught up after a switch: what trying a mode costs.
+
+        That is the time beyond what the best mode takes for as many tokens; less than none where it gave many.
+        """
         size = num_requests.bit_length()
-        if self._trial is not None:
+        best_gain = max(self._gain_at(size, one) for one in Mode)
+        lost_steps = plain_steps - num_tokens / num_requests / best_gain
+        if mode is self._trial:
             self._trial_switch_steps += lost_steps
         elif not self._is_known(size, mode):
             self._first_switch_steps[size, mode] += lost_steps
@@ -163,6 +168,7 @@ class Modes:
             self._evidence.pop(key, None)
         self._next_trials.clear()
         self._next_trial.clear()
+        self._trial = None
 
     def _chosen(self, size: int, drafting: list[Mode]) -> Mode:
         if not drafting:
@@ -186,7 +192,7 @@ class Modes:
 
     def _is_known(self, size: int, mode: Mode) -> bool:
         """Whether a mode has had its first steps at this size."""
-        if self._num_taken[size, mode] >= _FIRST_PATIENCE * first_steps(size):
+        if self._num_taken[size, mode] >= _FIRST_PATIENCE * first_steps(size) + CATCH_UP_STEPS:
             return True
         own = self._evidence.get((size, mode))
         return own is not None and own.num_steps >= first_steps(size)

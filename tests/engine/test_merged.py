@@ -12,7 +12,7 @@ from conftest import LIMITS, Run, Served, request_for, serve
 
 from slipstream.drafting.chain import ChainDrafter
 from slipstream.drafting.drafter import DraftContext, StepLoad
-from slipstream.drafting.economy import REST_STEPS, Economy
+from slipstream.drafting.economy import REST_STEPS, Economy, Took
 from slipstream.drafting.merge import ALL_SOURCES, DraftingOptions, MergedDrafter, Source
 from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.modes import Mode
@@ -189,7 +189,10 @@ class FixedCost:
 
 def let_steps_cost(drafter: MergedDrafter, per_node: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are said to take 1 s and `per_node` s for every node, and to have taken that."""
-    economy_of(drafter).step_cost = FixedCost(per_node)  # type: ignore[assignment]
+    economy = economy_of(drafter)
+    settle = economy.settle
+    economy.step_cost = FixedCost(per_node)  # type: ignore[assignment]
+    monkeypatch.setattr(economy, "settle", lambda took: settle(took._replace(spared_s=0.0)))
     propose, finished, num_nodes = drafter.propose, drafter.finished, 0
 
     def counting(contexts: Sequence[DraftContext]) -> list[DraftTree]:
@@ -228,6 +231,26 @@ def test_speculation_is_off_where_nodes_cost_more_than_they_bring(
     counts = economy_of(drafter).modes.counts
     assert (counts[Mode.OFF] > 0.5 * counts.total()) == is_off
     assert (counts[Mode.CHAIN] > 0.5 * counts.total()) == (not is_off)
+
+
+def test_choosing_a_mode_and_learning_are_a_part_of_what_a_step_takes_beside_its_pass(
+    target: Checkpoint, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = _engine(target, DraftingOptions(), max_running_requests=4)
+    economy = economy_of(merged_of(engine))
+    settle, seen = economy.settle, list[Took]()
+
+    def watching(took: Took) -> None:
+        seen.append(took)
+        settle(took)
+
+    monkeypatch.setattr(economy, "settle", watching)
+    for index, prompt in enumerate(prompts[:4]):
+        engine.submit(request_for(index, prompt, Served(max_tokens=32)), lambda _: None)
+    while engine.step():
+        pass
+    assert len(seen) > 16
+    assert all(0 < one.spared_s < one.step_s - one.pass_s for one in seen)
 
 
 def test_while_speculation_is_off_few_steps_are_asked_about_until_a_draft_comes(

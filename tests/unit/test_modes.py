@@ -74,7 +74,7 @@ def test_what_catching_up_costs_a_trial_makes_it_rarer() -> None:
             mode = modes.choose(1, has_floor=True, has_chain=True)
             if mode is Mode.CHAIN and before is not mode:
                 number += 1
-                modes.note_switch(mode, num_requests=1, lost_steps=extra)
+                modes.note_switch(mode, num_requests=1, num_tokens=0.0, plain_steps=extra)
             note(modes, mode, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.4}.get(mode, 1.0))
             before = mode
         return number
@@ -86,7 +86,7 @@ def test_what_catching_up_costs_a_trial_makes_it_rarer() -> None:
 def test_what_first_steps_cost_puts_off_the_first_trial(gain: float, extra: float, num_least: int) -> None:
     modes = Modes()
     modes.choose(1, has_floor=True, has_chain=False)
-    modes.note_switch(Mode.FLOOR, num_requests=1, lost_steps=extra)
+    modes.note_switch(Mode.FLOOR, num_requests=1, num_tokens=0.0, plain_steps=extra)
     chosen = taken(modes, {Mode.FLOOR: gain}, num_steps=first_steps(1) + 5 * num_least)[first_steps(1) :]
     assert num_least <= chosen.index(Mode.FLOOR)
 
@@ -183,6 +183,29 @@ def test_a_replaced_draft_is_tried_at_once() -> None:
     taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=2 * first_steps(1))
     modes.forget(Mode.CHAIN)
     assert taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: GOOD}, num_steps=1) == [Mode.CHAIN]
+
+
+def test_a_draft_replaced_in_the_middle_of_a_trial_begins_with_first_steps_of_its_own() -> None:
+    modes = Modes()
+    while not modes.is_trying:
+        taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.4}, num_steps=1)
+    modes.forget(Mode.CHAIN)
+    assert not modes.is_trying
+    chosen = taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.4}, num_steps=first_steps(1))
+    assert set(chosen) == {Mode.CHAIN}
+
+
+def test_a_switch_costs_its_time_beyond_what_the_best_mode_takes_for_its_tokens() -> None:
+    def steps_until_a_trial(num_tokens: float) -> int:
+        modes = Modes()
+        taken(modes, {Mode.FLOOR: GOOD}, num_steps=first_steps(1))
+        modes.choose(1, has_floor=True, has_chain=True)
+        modes.note_switch(Mode.CHAIN, num_requests=1, num_tokens=num_tokens, plain_steps=6.0)
+        chosen = taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.49}, num_steps=2_000)[first_steps(1) :]
+        return chosen.index(Mode.CHAIN)
+
+    assert steps_until_a_trial(num_tokens=6.0 * GOOD) < 3 * SHORTEST_INTERVAL
+    assert steps_until_a_trial(num_tokens=3.0) >= 4.0 / FIRST_TRIAL_COST_RATIO
 
 
 def test_without_any_drafter_speculation_is_off() -> None:

@@ -41,7 +41,7 @@ class Decoder {
    public:
     explicit Decoder(const SlipstreamSizes& sizes);
 
-    // Take over a tensor; false if the part is unknown. Throws std::bad_alloc.
+    // Take over a tensor; false if the part is unknown or of a type it cannot have. Throws std::bad_alloc.
     bool set(SlipstreamPart part, int layer, int expert, const void* data, SlipstreamType type);
 
     // Logits [num_logit_rows, vocab]; experts [T, L, K] unless null or dense: -1 in the last layer of rows without logits.
