@@ -131,8 +131,9 @@ def _compile(sources: Path, compiler: str, scratch: Path) -> Path:
 def _units(sources: Path) -> list[tuple[Path, str]]:
     """(source, instruction set) pairs to compile and to link in this order: the least set first, the best one last.
 
-    Inline functions outside SLIPSTREAM_ISA (those of pool.h and memory.h, instantiations of the standard library) have one name in
-    all sets. A linker keeps the first one it meets, so every set gets one that runs wherever the set itself runs.
+    Inline functions outside SLIPSTREAM_ISA (those of pool.h and memory.h, instantiations of the standard library) have
+    one name in all sets. A linker keeps the first one it meets, so every set gets one that runs wherever the set itself
+    runs.
     """
     found = sorted(sources.glob("*.cpp"))
     once = [(source, "baseline") for source in found if source.name in BASELINE]
