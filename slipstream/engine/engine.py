@@ -285,9 +285,10 @@ class Engine:
 
     def _draft(self, working: Sequence[RunningSequence]) -> Sequence[DraftTree]:
         """One tree per sequence; NO_DRAFT for those that read their prompt or must not speculate."""
-        drafter, wanting = self._waking_drafter(), [one for one in working if one.max_depth]
+        drafter = self._waking_drafter()
         if drafter is None:
             return [NO_DRAFT] * len(working)
+        wanting = [one for one in working if one.max_depth]
         is_worth_it = self._merged is None or self._merged.wants(load_of(working), can_draft=bool(wanting))
         if not wanting or not is_worth_it:
             return [NO_DRAFT] * len(working)
