@@ -30,7 +30,7 @@ def _int32(tensor: Tensor) -> Tensor:
 class PackedMatrix:
     """A weight matrix [O, D], fp32 or bf16, laid out for products with few rows; D is even for bf16.
 
-    `packs_int8`: as integers of at most 127 with a scale for every output.
+    `packs_int8`: as integers of at most 127 with a scale for every output; products round their rows as well.
     """
 
     def __init__(self, weight_OD: Tensor, *, packs_int8: bool = False) -> None:
@@ -50,14 +50,17 @@ class PackedMatrix:
 
 
 def matrix_product(x_TD: Tensor, weight: PackedMatrix) -> Tensor:
-    """x @ weight^T, fp32 [T, O]: every output one chain of fused multiply-adds over D from first to last."""
+    """x @ weight^T, fp32 [T, O]: every output one chain of fused multiply-adds over D from first to last.
+
+    With an int8 matrix rows are rounded too, to 64ths of their largest magnitude.
+    """
     num_outputs, inner = weight.shape
     if x_TD.shape[1] != inner:
         raise ValueError(f"x has {x_TD.shape[1]} columns, the matrix {inner}")
     x_TD = x_TD.float().contiguous()
     out_TO = torch.empty(len(x_TD), num_outputs)
     run = function("matrix_product", weight.instruction_set)
-    run(weight.handle, _address(x_TD), len(x_TD), _address(out_TO))
+    run(weight.handle, _address(x_TD), len(x_TD), inner, _address(out_TO))
     return out_TO
 
 

@@ -16,7 +16,7 @@ from slipstream_kernels.decoder import Decoder, Part, Sizes
 class NativeDecoder:
     """A `PagedDecoder` whose every output row is a bitwise function of its own sequence, for any number of threads.
 
-    Weights are packed as they are stored, bf16 or fp32, or matrices as int8; activations and sums are fp32.
+    Weights are packed as they are stored, bf16 or fp32, and activations and sums are fp32; or products are of integers.
     """
 
     is_exact = True

@@ -210,9 +210,9 @@ MUTANTS = {
     "the order of a product depends on the number of rows": (
         "matmul.cpp",
         [
-            ("(Floats)(pair << 16)", "(Floats)(kRows > 2 ? pair & kOddHalf : pair << 16)"),
+            ("vector(v) << 16)", "vector(v) << 16 * (kRows <= 2) & (kRows > 2 ? kOddHalf : ~Words{}))"),
             ("accumulate(half, x, i, sums)", "accumulate(half, x, i + (kRows > 2), sums)"),
-            ("(Floats)(pair & mask)", "(Floats)(kRows > 2 ? pair << 16 : pair & mask)"),
+            ("vector(v) & mask)", "vector(v) << 16 * (kRows > 2) & (kRows > 2 ? ~Words{} : mask))"),
             ("accumulate(half, x, i + 1, sums)", "accumulate(half, x, i + (kRows <= 2), sums)"),
         ],
     ),

@@ -32,21 +32,58 @@ def test_a_product_is_the_sum_over_the_inner_dimension(outputs: int, inner: int,
         assert ((ops.matrix_product(x, packed) - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize(("outputs", "inner"), [(1, 2), (7, 18), (65, 34), (130, 172)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_rounded_product_is_that_of_integers_with_a_scale_for_every_output(
-    outputs: int, inner: int, dtype: torch.dtype
-) -> None:
-    weight = (random(outputs, inner, seed=1) * 10 ** random(outputs, 1, seed=2)).to(dtype)
+ODD_SHAPES = pytest.mark.parametrize(("outputs", "inner"), [(1, 2), (7, 18), (65, 33), (130, 172)])
+
+
+def rounded_matrix(outputs: int, inner: int) -> tuple[ops.PackedMatrix, torch.Tensor]:
+    """A matrix packed as int8, and what it stands for then; outputs of many magnitudes, one of them zero."""
+    weight = random(outputs, inner, seed=1) * 10 ** random(outputs, 1, seed=2)
     weight[outputs // 2] = 0
-    packed = ops.PackedMatrix(weight, packs_int8=True)
-    scales = weight.float().abs().amax(dim=1, keepdim=True) / 127
-    rounded = (weight.float() / scales.clamp(min=1e-38)).round() * scales
+    scales = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-38)
+    return ops.PackedMatrix(weight, packs_int8=True), ((weight / scales).round() * scales).double()
+
+
+@ODD_SHAPES
+def test_a_rounded_product_of_whole_numbers_is_that_of_integers_with_a_scale_for_every_output(
+    outputs: int, inner: int
+) -> None:
+    packed, rounded = rounded_matrix(outputs, inner)
+    for num_rows in ROWS:
+        generator = torch.Generator().manual_seed(num_rows)
+        x = torch.randint(-64, 65, (num_rows, inner), generator=generator).float()
+        x[:, 0] = 64
+        x *= 10 ** random(num_rows, 1, seed=num_rows)
+        exact = x.double() @ rounded.T
+        bound = 1e-6 * (x.double().abs() @ rounded.abs().T)
+        assert ((ops.matrix_product(x, packed) - exact).abs() <= bound).all()
+
+
+@ODD_SHAPES
+def test_a_rounded_product_is_off_by_no_more_than_half_of_a_rows_steps(outputs: int, inner: int) -> None:
+    packed, rounded = rounded_matrix(outputs, inner)
     for num_rows in ROWS:
         x = random(num_rows, inner, seed=num_rows)
-        exact = x.double() @ rounded.double().T
-        bound = 1e-6 * (x.double().abs() @ rounded.double().abs().T)
-        assert ((ops.matrix_product(x, packed) - exact).abs() <= bound).all()
+        step = x.abs().amax(dim=1, keepdim=True).double() / 64
+        bound = 0.50001 * step * rounded.abs().sum(dim=1)
+        assert ((ops.matrix_product(x, packed) - x.double() @ rounded.T).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 17, 32])
+def test_a_rounded_product_of_what_is_not_finite_is_not_a_number_and_harms_no_other_row(
+    value: float, place: int
+) -> None:
+    packed, _ = rounded_matrix(65, 33)
+    x = random(9, 33)
+    expected = ops.matrix_product(x, packed)
+    expected[4] = float("nan")
+    x[4, place] = value
+    torch.testing.assert_close(ops.matrix_product(x, packed), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_rounded_product_of_zeros_is_zero() -> None:
+    packed, _ = rounded_matrix(65, 33)
+    assert (ops.matrix_product(torch.zeros(3, 33), packed) == 0).all()
 
 
 @pytest.mark.parametrize("packs_int8", [False, True])

@@ -24,6 +24,14 @@ struct ChainPlan {
     double min_survival;     // a chain whose next token would survive less often is not continued
     double pass_tokens;      // what a pass costs, in tokens: none is made that promises less above min_survival
     const double* survivals[2];  // at temperature 0, above it: [depths, score levels]; null: the scores themselves
+
+    // Of the token that comes behind those drafted so far: where its choices are written, and how it is drawn.
+    int64_t place_of_next(int32_t request) const { return (int64_t(request) * width + lengths[request]) * kNumChoices; }
+    SampleRow draw_of_next(int32_t request) const {
+        SampleRow draw = draws[request];
+        draw.position += lengths[request];
+        return draw;
+    }
 };
 
 double survival_of(const ChainPlan& chain, double temperature, int32_t depth, double score) {
@@ -71,6 +79,19 @@ class Rows {
     std::vector<int32_t> requests_, ids_, positions_, slots_, committed_, no_nodes_, starts_, wanted_;
 };
 
+// The choices behind each growing chain, from its row of logits.
+void choose_next(const ChainPlan& chain, const Rows& growing, const float* logits, int32_t vocab_size) {
+    const auto choose = [&](int row) {
+        const int32_t request = growing.request(row);
+        const int64_t place = chain.place_of_next(request);
+        best_choices(logits + int64_t(row) * vocab_size, vocab_size, chain.draw_of_next(request), chain.tokens + place,
+                     chain.scores + place);
+    };
+    if (growing.number() == 1) return choose(0);
+    // Behind a pass all threads are awake.
+    slipstream::run_walk([&](slipstream::Phases& phases) { phases.run(growing.number(), choose); });
+}
+
 void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, float* logits, const ChainPlan& chain) {
     static thread_local Rows growing, next;
     static thread_local std::vector<double> paths;
@@ -82,15 +103,13 @@ void draft(Decoder& decoder, const SlipstreamPlan& first, int32_t vocab_size, fl
     }
     decoder.forward(first, logits, nullptr);
     while (true) {
+        choose_next(chain, growing, logits, vocab_size);
         next.clear();
         double promised = 0.0;
         for (int32_t row = 0; row < growing.number(); ++row) {
             const int32_t request = growing.request(row), length = chain.lengths[request];
-            const float* const own = logits + int64_t(row) * vocab_size;
-            SampleRow draw = chain.draws[request];
-            draw.position += length;
-            const int64_t place = (int64_t(request) * chain.width + length) * kNumChoices;
-            best_choices(own, vocab_size, draw, chain.tokens + place, chain.scores + place);
+            const int64_t place = chain.place_of_next(request);
+            const SampleRow draw = chain.draw_of_next(request);
             const int32_t token = chain.tokens[place];
             const double score = chain.scores[place];
             chain.lengths[request] = length + 1;

@@ -18,9 +18,7 @@ Decoder::Decoder(const SlipstreamSizes& sizes)
       num_experts_(std::max(1, sizes.experts)),
       experts_per_token_(std::max(1, sizes.experts_per_token)),
       delta_width_(round_up(sizes.hidden, kPanel)),
-      qkv_width_(round_up((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, kPanel)),
-      hidden_stride_(row_stride(sizes.hidden)),
-      attended_stride_(row_stride(sizes.heads * sizes.head_dim)) {
+      qkv_width_(round_up((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, kPanel)) {
     for (int layer = 0; layer < sizes.layers; ++layer) {
         layers_.push_back(std::make_unique<Layer>(Experts(num_experts_, sizes.hidden, sizes.inner)));
     }
@@ -29,11 +27,12 @@ Decoder::Decoder(const SlipstreamSizes& sizes)
     block_store_ = zeros(per_position * sizes.num_blocks * kBlock);
     node_store_ = zeros(per_position * std::max(1, sizes.num_node_slots));
     scratch_.x = memory_.take<float>(rows * sizes.hidden);
-    scratch_.normed = memory_.take<float>(rows * hidden_stride_);
+    const auto inputs = [&](int number, int inner) { return Inputs(number, inner, sizes.packs_int8 != 0, memory_); };
+    scratch_.normed = inputs(sizes.max_rows, sizes.hidden);
     scratch_.qkv = memory_.take<float>(rows * qkv_width_);
-    scratch_.attended = memory_.take<float>(rows * attended_stride_);
+    scratch_.attended = inputs(sizes.max_rows, sizes.heads * sizes.head_dim);
     scratch_.delta = memory_.take<float>(rows * delta_width_);
-    scratch_.activated = memory_.take<float>(choices * layers_[0]->mlp.activated_width());
+    scratch_.activated = inputs(int(choices), layers_[0]->mlp.activated_width());
     scratch_.expert_out = memory_.take<float>(choices * layers_[0]->mlp.out_width());
     scratch_.experts.resize(layers * choices);
     scratch_.expert_weights = memory_.take<float>(layers * choices);

@@ -20,12 +20,12 @@ struct Layer {
 
 // What one pass works on; every buffer is allocated once, for `max_rows` rows.
 struct Scratch {
+    Inputs normed;      // [T, hidden]
+    Inputs attended;    // [T, heads * head_dim]
+    Inputs activated;   // silu(gate) * up of every chosen expert [T * K, inner, padded]
     float* x;           // residual stream [T, hidden]
-    float* normed;      // what a product reads [T, row_stride(hidden)]
     float* qkv;         // [T, (heads + 2 kv heads) * head_dim], padded to panels
-    float* attended;    // [T, row_stride(heads * head_dim)]
     float* delta;       // what attention adds [T, hidden], padded to panels
-    float* activated;   // silu(gate) * up of every chosen expert [T * K, inner], padded
     float* expert_out;  // [T * K, hidden], padded to panels
     // Per layer, since a thread that comes late may still look at an earlier layer's while others work on a later one.
     std::vector<int32_t> experts;       // [L, T, K]
@@ -62,7 +62,7 @@ class Decoder {
 
     SlipstreamSizes sizes_;
     slipstream::Arena memory_;  // of weights, caches and buffers
-    int num_experts_, experts_per_token_, delta_width_, qkv_width_, hidden_stride_, attended_stride_;
+    int num_experts_, experts_per_token_, delta_width_, qkv_width_;
     Source embedding_{};
     const float *cosines_ = nullptr, *sines_ = nullptr;
     std::vector<float> final_norm_;

@@ -25,7 +25,7 @@ std::vector<int> gates_beside_ups(int inner) {
 Experts::Experts(int num_experts, int hidden, int inner)
     : hidden_(hidden),
       inner_(inner),
-      activated_width_(row_stride(round_up(inner, kHalf))),
+      activated_width_(round_up(inner, kHalf)),
       out_width_(round_up(hidden, kPanel)),
       gate_up_(num_experts),
       down_(num_experts) {}
@@ -66,35 +66,38 @@ struct ExpertPass {
 
     // One product per active expert with the choices that fell on it; a task is a panel of an expert. Experts with many
     // rows come first and keep a core busy, those with few wait for memory: side by side they need both at once.
-    template <class Input, class Take>
-    void product(Phases& phases, const std::vector<Packed>& matrices, Input input, Take take) const {
+    template <class Place, class Take>
+    void product(Phases& phases, const std::vector<Packed>& matrices, const Inputs& inputs, Place place,
+                 Take take) const {
         const int num_panels = matrices[0].num_panels();
         phases.run(*routing.num_active * num_panels, [&](int task) {
             const int expert = routing.active[task / num_panels], panel = task % num_panels;
             const int first = routing.starts[expert], count = routing.starts[expert + 1] - first;
             const int32_t* const mine = routing.choices + first;
             panel_product(
-                matrices[expert], panel, count, [&](int i) { return input(mine[i]); },
+                matrices[expert], panel, inputs, count, [&](int i) { return place(mine[i]); },
                 [&](int i, const float* outputs) { take(mine[i], panel, outputs); });
         });
     }
 
-    void run(Phases& phases, const float* rows, int stride, float* activated, float* out) const {
-        const auto row_of = [&](int choice) { return rows + size_t(choice / routing.num_chosen) * stride; };
-        product(phases, experts.gate_up_, row_of, [&](int choice, int panel, const float* outputs) {
-            float* const to = activated + size_t(choice) * experts.activated_width_ + panel * kHalf;
-            silu_product(outputs, outputs + kHalf, kHalf, to);
+    void run(Phases& phases, int num_rows, const Inputs& rows, const Inputs& activated, float* out) const {
+        const auto row_of = [&](int choice) { return choice / routing.num_chosen; };
+        product(phases, experts.gate_up_, rows, row_of, [&](int choice, int panel, const float* outputs) {
+            silu_product(outputs, outputs + kHalf, kHalf, activated.row(choice) + panel * kHalf);
         });
-        const auto activated_of = [&](int choice) { return activated + size_t(choice) * experts.activated_width_; };
-        product(phases, experts.down_, activated_of, [&](int choice, int panel, const float* outputs) {
+        if (activated.rounds()) {
+            phases.run(num_rows * routing.num_chosen, [&](int choice) { activated.round(choice); });
+        }
+        const auto itself = [](int choice) { return choice; };
+        product(phases, experts.down_, activated, itself, [&](int choice, int panel, const float* outputs) {
             std::copy(outputs, outputs + kPanel, out + size_t(choice) * experts.out_width_ + panel * kPanel);
         });
     }
 };
 
-void run_experts(Phases& phases, const Experts& experts, const Routing& routing, const float* rows, int stride,
-                 float* activated, float* out) {
-    ExpertPass{experts, routing}.run(phases, rows, stride, activated, out);
+void run_experts(Phases& phases, const Experts& experts, const Routing& routing, int num_rows, const Inputs& rows,
+                 const Inputs& activated, float* out) {
+    ExpertPass{experts, routing}.run(phases, num_rows, rows, activated, out);
 }
 
 void add_experts(const Experts& experts, const Routing& routing, int row, const float* out, float* to) {

@@ -22,7 +22,7 @@ class Experts {
 
     int num_experts() const { return int(gate_up_.size()); }
     int hidden() const { return hidden_; }
-    // Floats per choice of `activated` and of `out` below.
+    // Values per choice of `activated` and of `out` below.
     int activated_width() const { return activated_width_; }
     int out_width() const { return out_width_; }
 
@@ -47,10 +47,9 @@ struct Routing {
 // Fill starts, choices, active and num_active from `experts`.
 void group_by_expert(const Routing& routing, int num_rows, int num_experts);
 
-// Two phases: activated[choice] = silu(gate) * up of its row, then out[choice] = down * activated[choice]. Rows are
-// `stride` floats apart.
-void run_experts(Phases& phases, const Experts& experts, const Routing& routing, const float* rows, int stride,
-                 float* activated, float* out);
+// activated[choice] = silu(gate) * up of its row, then out[choice] = down * activated[choice].
+void run_experts(Phases& phases, const Experts& experts, const Routing& routing, int num_rows, const Inputs& rows,
+                 const Inputs& activated, float* out);
 
 // to[0..hidden) += weight * out of every choice of a row, best expert first: the order of the sum belongs to the row.
 void add_experts(const Experts& experts, const Routing& routing, int row, const float* out, float* to);

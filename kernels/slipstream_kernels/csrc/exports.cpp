@@ -13,10 +13,14 @@ using slipstream::Phases;
 
 namespace {
 
-// Run `body(phases)` on every thread of the pool.
-template <class Body>
-void in_pass(Body body) {
-    slipstream::run_pass([](void* context, Phases& phases) { (*static_cast<Body*>(context))(phases); }, &body);
+// Rows as products read them.
+isa::Inputs inputs_of(const float* x, int num_rows, int inner, bool rounds, slipstream::Arena& memory) {
+    const isa::Inputs inputs(num_rows, inner, rounds, memory);
+    for (int row = 0; row < num_rows; ++row) {
+        std::copy_n(x + size_t(row) * inner, inner, inputs.row(row));
+        inputs.round(row);
+    }
+    return inputs;
 }
 
 // What `make` returns, or `otherwise` where memory runs out.
@@ -80,11 +84,12 @@ auto SLIPSTREAM_EXPORT(matrix_new)(const void* data, int32_t type, int32_t packe
 void SLIPSTREAM_EXPORT(matrix_free)(void* matrix) { delete static_cast<Matrix*>(matrix); }
 
 // out[rows, outputs] = x[rows, inner] * matrix^T.
-void SLIPSTREAM_EXPORT(matrix_product)(const void* matrix, const float* x, int32_t num_rows, float* out) {
+void SLIPSTREAM_EXPORT(matrix_product)(const void* matrix, const float* x, int32_t num_rows, int32_t inner, float* out) {
     const isa::Packed& weights = static_cast<const Matrix*>(matrix)->weights;
-    const auto input = [&](int row) { return x + size_t(row) * weights.inner(); };
-    in_pass([&](Phases& phases) {
-        isa::matrix_product(phases, weights, num_rows, input, out, weights.num_outputs());
+    slipstream::Arena memory;
+    const isa::Inputs inputs = inputs_of(x, num_rows, inner, weights.is_rounded(), memory);
+    slipstream::run_walk([&](Phases& phases) {
+        isa::matrix_product(phases, weights, inputs, num_rows, out, weights.num_outputs());
     });
 }
 
@@ -114,10 +119,12 @@ void SLIPSTREAM_EXPORT(experts_run)(const void* experts, const float* x, int32_t
     const isa::Routing routing{num_chosen,     chosen,        chosen_weights,   starts.data(),
                                choices.data(), active.data(), num_active.data()};
     isa::group_by_expert(routing, num_rows, num_experts);
-    std::vector<float> activated(size_t(num_choices) * weights.activated_width());
+    slipstream::Arena memory;
+    const isa::Inputs rows = inputs_of(x, num_rows, weights.hidden(), false, memory);
+    const isa::Inputs activated(num_choices, weights.activated_width(), false, memory);
     std::vector<float> expert_out(size_t(num_choices) * weights.out_width());
-    in_pass([&](Phases& phases) {
-        isa::run_experts(phases, weights, routing, x, weights.hidden(), activated.data(), expert_out.data());
+    slipstream::run_walk([&](Phases& phases) {
+        isa::run_experts(phases, weights, routing, num_rows, rows, activated, expert_out.data());
     });
     for (int row = 0; row < num_rows; ++row) {
         float* const to = out + size_t(row) * weights.hidden();
@@ -133,7 +140,7 @@ void SLIPSTREAM_EXPORT(tree_attention)(const float* queries, const float* block_
                                        const int32_t* ancestors, int32_t num_queries, int32_t num_heads, int32_t size,
                                        float* out) {
     const isa::HeadCache cache{block_keys, block_values, node_keys, node_values, long(isa::kBlock) * size, size};
-    in_pass([&](Phases& phases) {
+    slipstream::run_walk([&](Phases& phases) {
         phases.run(num_queries, [&](int query) {
             const int first = ancestor_starts[query], num_ancestors = ancestor_starts[query + 1] - first;
             const isa::Query one{queries + size_t(query) * num_heads * size,

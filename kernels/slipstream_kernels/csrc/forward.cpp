@@ -39,17 +39,16 @@ struct ForwardPass {
         const bool is_last = index + 1 == sizes.layers;
         const int num_places = is_last ? plan.num_logit_rows : num_rows;
         const auto row_at = [&](int place) { return is_last ? plan.logit_rows[place] : place; };
-        matrix_product(phases, layer.qkv, num_rows, [&](int row) { return normed(row); }, scratch.qkv,
-                       decoder.qkv_width_);
+        matrix_product(phases, layer.qkv, scratch.normed, num_rows, scratch.qkv, decoder.qkv_width_);
         phases.run(num_rows, [&](int row) { rotate_and_write(layer, index, row); });
         if (num_places == 0) return;
         // Rows of one sequence read the same keys: head by head, they find them in the cache of the processor.
         phases.run(sizes.kv_heads * num_places, [&](int task) {
             const int place = task % num_places;
-            attend_heads(phases.thread(), index, row_at(place), task / num_places, attended(place));
+            attend_heads(phases.thread(), index, row_at(place), task / num_places, scratch.attended.row(place));
         });
-        matrix_product(phases, layer.attention_out, num_places, [&](int place) { return attended(place); },
-                       scratch.delta, decoder.delta_width_);
+        if (scratch.attended.rounds()) phases.run(num_places, [&](int place) { scratch.attended.round(place); });
+        matrix_product(phases, layer.attention_out, scratch.attended, num_places, scratch.delta, decoder.delta_width_);
         phases.run(
             num_places,
             [&](int place) {
@@ -59,8 +58,7 @@ struct ForwardPass {
                 choose_experts(layer, index, row, place);
             },
             [&] { group_by_expert(routes, num_places, decoder.num_experts_); });
-        run_experts(phases, layer.mlp, routes, scratch.normed, decoder.hidden_stride_, scratch.activated,
-                    scratch.expert_out);
+        run_experts(phases, layer.mlp, routes, num_places, scratch.normed, scratch.activated, scratch.expert_out);
         phases.run(num_places, [&](int place) {
             const int row = row_at(place);
             add_experts(layer.mlp, routes, place, scratch.expert_out, x(row));
@@ -69,8 +67,6 @@ struct ForwardPass {
     }
 
     float* x(int row) { return scratch.x + size_t(row) * sizes.hidden; }
-    float* attended(int place) { return scratch.attended + size_t(place) * decoder.attended_stride_; }
-    float* normed(int place) { return scratch.normed + size_t(place) * decoder.hidden_stride_; }
 
     void embed(int row) {
         const size_t first = size_t(plan.ids[row]) * sizes.hidden;
@@ -79,7 +75,8 @@ struct ForwardPass {
     }
 
     void norm_into(int row, int place, const std::vector<float>& weight) {
-        rms_norm(x(row), weight.data(), sizes.hidden, sizes.norm_eps, normed(place));
+        rms_norm(x(row), weight.data(), sizes.hidden, sizes.norm_eps, scratch.normed.row(place));
+        scratch.normed.round(place);
     }
 
     void rotate_and_write(const Layer& layer, int index, int row) {
@@ -152,7 +149,7 @@ struct ForwardPass {
             weights[0] = 1;
             return;
         }
-        route(normed(place), layer.router.data(), sizes.hidden, sizes.experts, num_chosen,
+        route(scratch.normed.row(place), layer.router.data(), sizes.hidden, sizes.experts, num_chosen,
               sizes.normalizes_expert_weights != 0, experts, weights);
         if (experts_out != nullptr) std::copy(experts, experts + num_chosen, experts_of(row, index));
     }
@@ -160,8 +157,7 @@ struct ForwardPass {
     int32_t* experts_of(int row, int index) { return experts_out + (size_t(row) * sizes.layers + index) * num_chosen; }
 
     void head(Phases& phases) {
-        matrix_product(phases, decoder.head_, plan.num_logit_rows, [&](int place) { return normed(place); }, logits,
-                       sizes.vocab);
+        matrix_product(phases, decoder.head_, scratch.normed, plan.num_logit_rows, logits, sizes.vocab);
     }
 };
 
@@ -170,7 +166,7 @@ void Decoder::forward(const SlipstreamPlan& plan, float* logits, int32_t* expert
         scratch_.scores.push_back(memory_.take<float>(scores_size(sizes_.num_positions)));
     }
     ForwardPass pass{*this, plan, logits, experts};
-    slipstream::run_pass([](void* context, Phases& phases) { static_cast<ForwardPass*>(context)->walk(phases); }, &pass);
+    slipstream::run_walk([&](Phases& phases) { pass.walk(phases); });
 }
 
 }  // namespace SLIPSTREAM_ISA

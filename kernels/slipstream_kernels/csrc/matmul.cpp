@@ -1,7 +1,6 @@
 #include "matmul.h"
 
 #include <cfloat>
-#include <type_traits>
 
 namespace SLIPSTREAM_ISA {
 namespace {
@@ -12,17 +11,27 @@ constexpr int kLine = 64;
 // Up to this many rows take all strips of a panel at once: a tile of few sums would wait for its own additions.
 constexpr int kFewRows = 2;
 
-// So many tiles read int8 weights as floats that were made once, unless these would drive out the second-level cache.
-constexpr int kTilesWorthConverting = 3, kMostFloats = 1 << 16;
+// A compiler that inlines several tiles into one function runs out of registers and keeps sums in memory.
+#define SLIPSTREAM_NOINLINE __attribute__((noinline))
+
+constexpr int kStepBytes = kStrip * 4;  // a step of the inner loop takes a word of every output
 
 // Where the weights of a step lie: vector v belongs to strip v / kStripVectors.
 struct Weights {
     const char* data;
     size_t strip_bytes;
 
-    template <int kVectorBytes>
-    const char* vector(int v) const {
-        return data + v / kStripVectors * strip_bytes + v % kStripVectors * kVectorBytes;
+    Words vector(int v) const {
+        Words value;
+        std::memcpy(&value, data + v / kStripVectors * strip_bytes + v % kStripVectors * sizeof value, sizeof value);
+        return value;
+    }
+
+    void prefetch(int num_strips) const {
+        for (int strip = 0; strip < num_strips; ++strip) {
+            const char* const ahead = data + strip * strip_bytes + kPrefetchBytes;
+            for (int line = 0; line < kStepBytes; line += kLine) __builtin_prefetch(ahead + line, 0, 3);
+        }
     }
 };
 
@@ -48,84 +57,128 @@ inline void accumulate(const Floats (&weight)[kWidth], const float* const* x, in
 template <int kRows, int kWidth>
 inline void accumulate_pair(Weights weights, const float* const* x, int i, Floats (&sums)[kRows][kWidth]) {
     Floats half[kWidth];
-    Words pair;
-    for (int v = 0; v < kWidth; ++v) {
-        std::memcpy(&pair, weights.vector<sizeof pair>(v), sizeof pair);
-        half[v] = (Floats)(pair << 16);
-    }
+    for (int v = 0; v < kWidth; ++v) half[v] = (Floats)(weights.vector(v) << 16);
     accumulate(half, x, i, sums);
     const Words mask = odd_half<kRows, kWidth>();
-    for (int v = 0; v < kWidth; ++v) {
-        std::memcpy(&pair, weights.vector<sizeof pair>(v), sizeof pair);
-        half[v] = (Floats)(pair & mask);
-    }
+    for (int v = 0; v < kWidth; ++v) half[v] = (Floats)(weights.vector(v) & mask);
     accumulate(half, x, i + 1, sums);
 }
 
-template <class Weight, int kRows, int kWidth>
+template <int kRows, int kWidth>
 inline void accumulate_one(Weights weights, const float* const* x, int i, Floats (&sums)[kRows][kWidth]) {
     Floats weight[kWidth];
-    for (int v = 0; v < kWidth; ++v) {
-        weight[v] = load(reinterpret_cast<const Weight*>(weights.vector<kLanes * sizeof(Weight)>(v)));
-    }
+    for (int v = 0; v < kWidth; ++v) weight[v] = (Floats)weights.vector(v);
     accumulate(weight, x, i, sums);
 }
 
-// The outputs of kStrips strips for kRows rows, times their `scales` unless these are null.
-template <int kRows, int kStrips, SlipstreamType kType>
-void tile(Weights weights, const float* scales, const float* const* x, int inner, float* out) {
-    constexpr int kWidth = kStrips * kStripVectors;
-    constexpr int kStep = kType == kBf16 ? 2 : 1, kBytes = kStrip * (kType == kInt8 ? 1 : 4);
-    Floats sums[kRows][kWidth] = {};
-    for (int i = 0; i < inner; i += kStep) {
-        if (i / kStep * kBytes % kLine == 0) {
-            for (int strip = 0; strip < kStrips; ++strip) {
-                const char* const ahead = weights.data + strip * weights.strip_bytes + kPrefetchBytes;
-                for (int line = 0; line < kBytes; line += kLine) __builtin_prefetch(ahead + line, 0, 3);
-            }
-        }
-        if constexpr (kType == kBf16) {
-            accumulate_pair(weights, x, i, sums);
-        } else {
-            accumulate_one<std::conditional_t<kType == kInt8, int8_t, float>>(weights, x, i, sums);
-        }
-        weights.data += kBytes;
-    }
+// One step for int8: four indices.
+template <int kRows, int kWidth>
+inline void accumulate_quad(Weights weights, const RoundedRow* x, int i, Ints (&sums)[kRows][kWidth]) {
+    Words weight[kWidth];
+    for (int v = 0; v < kWidth; ++v) weight[v] = weights.vector(v);
     for (int row = 0; row < kRows; ++row) {
-        for (int v = 0; v < kWidth; ++v) {
-            if (scales != nullptr) sums[row][v] = sums[row][v] * load(scales + v * kLanes);
-            store(out + row * kPanel + v * kLanes, sums[row][v]);
-        }
+        uint32_t quad;
+        std::memcpy(&quad, x[row].bytes + i, sizeof quad);
+        for (int v = 0; v < kWidth; ++v) sums[row][v] = add_products(sums[row][v], quad, weight[v]);
     }
 }
 
+// The outputs of kStrips strips for kRows rows.
+template <SlipstreamType kType>
+struct FloatTiles {
+    using Row = const float*;
+
+    template <int kRows, int kStrips>
+    SLIPSTREAM_NOINLINE void tile(int, Weights weights, const float* const* x, int inner, float* out) const {
+        constexpr int kWidth = kStrips * kStripVectors;
+        Floats sums[kRows][kWidth] = {};
+        for (int i = 0; i < inner; i += kType == kBf16 ? 2 : 1) {
+            weights.prefetch(kStrips);
+            if constexpr (kType == kBf16) {
+                accumulate_pair(weights, x, i, sums);
+            } else {
+                accumulate_one(weights, x, i, sums);
+            }
+            weights.data += kStepBytes;
+        }
+        for (int row = 0; row < kRows; ++row) {
+            for (int v = 0; v < kWidth; ++v) store(out + row * kPanel + v * kLanes, sums[row][v]);
+        }
+    }
+};
+
+struct RoundedTiles {
+    using Row = RoundedRow;
+
+    const float* scales;  // of the panel's outputs
+    const int32_t* offsets;
+
+    template <int kRows, int kStrips>
+    SLIPSTREAM_NOINLINE void tile(int first, Weights weights, const RoundedRow* x, int inner, float* out) const {
+        constexpr int kWidth = kStrips * kStripVectors;
+        Ints sums[kRows][kWidth] = {};
+        for (int i = 0; i < inner; i += 4, weights.data += kStepBytes) {
+            weights.prefetch(kStrips);
+            accumulate_quad(weights, x, i, sums);
+        }
+        for (int v = 0; v < kWidth; ++v) {
+            const Ints offset = load(offsets + first + v * kLanes);
+            const Floats scale = load(scales + first + v * kLanes);
+            for (int row = 0; row < kRows; ++row) {
+                store(out + row * kPanel + v * kLanes, to_floats(sums[row][v] - offset) * (scale * x[row].scale));
+            }
+        }
+    }
+};
+
 // All strips of a panel for kRows rows.
-template <int kRows, SlipstreamType kType>
-void panel_of(Weights weights, const float* scales, const float* const* x, int inner, float* out) {
+template <int kRows, class Tiles>
+void panel_of(const Tiles& tiles, Weights weights, const typename Tiles::Row* x, int inner, float* out) {
     constexpr int kStrips = kRows <= kFewRows ? kPanel / kStrip : 1;
     for (int first = 0; first < kPanel; first += kStrips * kStrip) {
-        tile<kRows, kStrips, kType>(weights, scales == nullptr ? nullptr : scales + first, x, inner, out + first);
+        tiles.template tile<kRows, kStrips>(first, weights, x, inner, out + first);
         weights.data += kStrips * weights.strip_bytes;
     }
 }
 
-int bytes_of(SlipstreamType type) { return type == kFp32 ? 4 : type == kBf16 ? 2 : 1; }
+template <class Tiles>
+void panel_of_rows(const Tiles& tiles, Weights weights, const typename Tiles::Row* x, int num_rows, int inner, float* out) {
+    // Even tiles: 7 rows run as 4 and 3, since a tile of one row costs as much memory traffic as one of six.
+    for (int first = 0, left = (num_rows + kMaxTileRows - 1) / kMaxTileRows; left > 0; --left) {
+        const int size = (num_rows - first + left - 1) / left;
+        float* const to = out + size_t(first) * kPanel;
+        switch (size) {
+            case 1: panel_of<1>(tiles, weights, x + first, inner, to); break;
+            case 2: panel_of<2>(tiles, weights, x + first, inner, to); break;
+            case 3: panel_of<3>(tiles, weights, x + first, inner, to); break;
+            case 4: panel_of<4>(tiles, weights, x + first, inner, to); break;
+            case 5: panel_of<5>(tiles, weights, x + first, inner, to); break;
+            case 6: panel_of<6>(tiles, weights, x + first, inner, to); break;
+        }
+        static_assert(kMaxTileRows == 6);
+        first += size;
+    }
+}
+
+// How many inner indices a word of four bytes holds.
+int per_word(SlipstreamType type) { return type == kFp32 ? 1 : type == kBf16 ? 2 : 4; }
 
 }  // namespace
 
 void Packed::pack(const Source& source, int inner, const int* order, int num_outputs, Arena& memory) {
-    const int padded_inner = source.packed_type == kBf16 ? (inner + 1) / 2 * 2 : inner;
+    const int num_words = (inner + per_word(source.packed_type) - 1) / per_word(source.packed_type);
     const int num_panels = (num_outputs + kPanel - 1) / kPanel;
-    const size_t strip_bytes = size_t(padded_inner) * kStrip * bytes_of(source.packed_type);
+    const size_t strip_bytes = size_t(num_words) * kStepBytes;
     const size_t num_bytes = strip_bytes * (kPanel / kStrip) * num_panels;
     data_ = memory.take<char>(num_bytes);
     std::memset(data_, 0, num_bytes);
     strip_bytes_ = strip_bytes;
     num_panels_ = num_panels;
     num_outputs_ = num_outputs;
-    inner_ = padded_inner;
+    inner_ = num_words * per_word(source.packed_type);
     type_ = source.packed_type;
     scales_.assign(type_ == kInt8 ? size_t(num_panels) * kPanel : 0, 0.0f);
+    offsets_.assign(scales_.size(), 0);
     for (int o = 0; o < num_outputs; ++o) {
         if (order[o] < 0) continue;
         const size_t first = size_t(order[o]) * inner;
@@ -153,59 +206,25 @@ void Packed::pack_rounded(const Source& source, size_t first, int inner, int out
     scales_[output] = scale;
     int8_t* const strip = reinterpret_cast<int8_t*>(strip_of(output));
     for (int i = 0; i < inner; ++i) {
-        strip[size_t(i) * kStrip + output % kStrip] = int8_t(std::lrint(source.at(first + i) / scale));
+        const int rounded = int(std::lrint(source.at(first + i) / scale));
+        strip[(size_t(i / 4) * kStrip + output % kStrip) * 4 + i % 4] = int8_t(rounded);
+        offsets_[output] += kByteOfZero * rounded;
     }
 }
 
-namespace {
-
-template <SlipstreamType kType>
-void panel_of_rows(Weights weights, const float* scales, const float* const* rows, int num_rows, int inner, float* out) {
-    switch (num_rows) {
-        case 1: return panel_of<1, kType>(weights, scales, rows, inner, out);
-        case 2: return panel_of<2, kType>(weights, scales, rows, inner, out);
-        case 3: return panel_of<3, kType>(weights, scales, rows, inner, out);
-        case 4: return panel_of<4, kType>(weights, scales, rows, inner, out);
-        case 5: return panel_of<5, kType>(weights, scales, rows, inner, out);
-        case 6: return panel_of<6, kType>(weights, scales, rows, inner, out);
+void Packed::product(int panel, const Inputs& inputs, const int* places, int num_rows, float* out) const {
+    const Weights weights{strip_of(panel * kPanel), strip_bytes_};
+    const size_t first = size_t(panel) * kPanel;
+    if (is_rounded()) {
+        RoundedRow rows[kRowsAtOnce];
+        for (int i = 0; i < num_rows; ++i) rows[i] = inputs.rounded(places[i]);
+        const RoundedTiles tiles{&scales_[first], &offsets_[first]};
+        return panel_of_rows(tiles, weights, rows, num_rows, inner_, out);
     }
-    static_assert(kMaxTileRows == 6);
-}
-
-// The weights of a panel as floats, which many rows read again and again; valid until the thread's next call.
-Weights as_floats(Weights panel, int inner) {
-    static thread_local std::vector<float> floats;
-    floats.resize(size_t(inner) * kPanel);
-    float* to = floats.data();
-    for (int strip = 0; strip < kPanel / kStrip; ++strip) {
-        const int8_t* const from = reinterpret_cast<const int8_t*>(panel.data + strip * panel.strip_bytes);
-        for (int at = 0; at < inner * kStrip; at += kLanes, to += kLanes) store(to, load(from + at));
-    }
-    return {reinterpret_cast<const char*>(floats.data()), size_t(inner) * kStrip * sizeof(float)};
-}
-
-}  // namespace
-
-void Packed::product(int panel, const float* const* rows, int num_rows, float* out) const {
-    Weights weights{strip_of(panel * kPanel), strip_bytes_};
-    SlipstreamType type = type_;
-    const float* const scales = type == kInt8 ? &scales_[size_t(panel) * kPanel] : nullptr;
-    // Even tiles: 7 rows run as 4 and 3, since a tile of one row costs as much memory traffic as one of six.
-    const int num_tiles = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
-    if (type == kInt8 && num_tiles >= kTilesWorthConverting && inner_ * kPanel <= kMostFloats) {
-        weights = as_floats(weights, inner_);
-        type = kFp32;
-    }
-    for (int first = 0, left = num_tiles; left > 0; --left) {
-        const int size = (num_rows - first + left - 1) / left;
-        float* const to = out + size_t(first) * kPanel;
-        switch (type) {
-            case kFp32: panel_of_rows<kFp32>(weights, scales, rows + first, size, inner_, to); break;
-            case kBf16: panel_of_rows<kBf16>(weights, scales, rows + first, size, inner_, to); break;
-            case kInt8: panel_of_rows<kInt8>(weights, scales, rows + first, size, inner_, to); break;
-        }
-        first += size;
-    }
+    const float* rows[kRowsAtOnce];
+    for (int i = 0; i < num_rows; ++i) rows[i] = inputs.row(places[i]);
+    if (type_ == kBf16) return panel_of_rows(FloatTiles<kBf16>(), weights, rows, num_rows, inner_, out);
+    panel_of_rows(FloatTiles<kFp32>(), weights, rows, num_rows, inner_, out);
 }
 
 }  // namespace SLIPSTREAM_ISA

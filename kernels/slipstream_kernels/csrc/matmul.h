@@ -1,7 +1,8 @@
 // Products of a few rows with a packed weight matrix: out[row][o] = sum over i of x[row][i] * weight[o][i].
 //
-// The sum runs over i from first to last in one fused multiply-add chain per output, outputs side by side in vectors.
-// So a row's result does not depend on how many rows share the tile, on the tile's width, or on threads.
+// The sum runs over i from first to last in one fused multiply-add chain per output, outputs side by side in vectors;
+// with int8 it is one of integers, exact in any order. So a row's result does not depend on how many rows share the tile,
+// on the tile's width, or on threads.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "inputs.h"
 #include "memory.h"
 #include "pool.h"
 #include "simd.h"
@@ -23,9 +25,7 @@ constexpr int kPanel = kVectors * kLanes;       // outputs that one task compute
 constexpr int kStrip = kStripVectors * kLanes;  // outputs whose weights lie together
 static_assert(kPanel % kStrip == 0);
 
-// Floats from one row to the next of what a product reads. Rows a power of two apart would all fall into the same few
-// lines of the first-level cache; one line more spreads them.
-inline int row_stride(int inner) { return (inner + 15) / 16 * 16 + 16; }
+constexpr int kRowsAtOnce = 48;  // rows whose outputs of a panel stay in the first-level cache
 
 // A tensor as it is handed over, and what it is packed in.
 struct Source {
@@ -38,9 +38,10 @@ struct Source {
     }
 };
 
-// A weight matrix [outputs, inner] in strips of kStrip outputs, each contiguous: for every pair of inner indices, kStrip
-// words that hold two bf16 (the even index in the low half); or for every inner index kStrip fp32 or int8. A pass reads
-// it once, in order. With int8, weight = scale of its output * integer, the largest of an output being 127.
+// A weight matrix [outputs, inner] in strips of kStrip outputs, each contiguous: kStrip words of four bytes after another,
+// which hold one fp32, two bf16 or four int8 of an output, those of the first inner indices first and the first of a word
+// in its low bits. A pass reads it once, in order. With int8, weight = scale of its output * integer, the largest of an
+// output being 127, and what is read are rounded rows.
 class Packed {
    public:
     // `order[o]` is the source row of output o, -1 for zeros; source is row-major [rows, inner]. Weights lie in `memory`.
@@ -50,8 +51,10 @@ class Packed {
     int num_outputs() const { return num_outputs_; }
     int inner() const { return inner_; }
 
-    // out[row][0..kPanel) of one panel for `num_rows` rows; `out` is row-major with stride kPanel.
-    void product(int panel, const float* const* rows, int num_rows, float* out) const;
+    bool is_rounded() const { return type_ == kInt8; }
+
+    // out[i][0..kPanel) of one panel for the rows at `places`, up to kRowsAtOnce; `out` is row-major with stride kPanel.
+    void product(int panel, const Inputs& inputs, const int* places, int num_rows, float* out) const;
 
    private:
     char* strip_of(int output) const { return data_ + size_t(output / kStrip) * strip_bytes_; }
@@ -61,37 +64,37 @@ class Packed {
     void pack_rounded(const Source& source, size_t first, int inner, int output);
 
     char* data_ = nullptr;
-    std::vector<float> scales_;  // of outputs, padded to panels; only with int8
     size_t strip_bytes_ = 0;
     int num_panels_ = 0, num_outputs_ = 0, inner_ = 0;
     SlipstreamType type_ = kFp32;
+    // Of outputs, padded to panels, only with int8: scales, and the sums of weights that kByteOfZero would add.
+    std::vector<float> scales_;
+    std::vector<int32_t> offsets_;
 };
 
-constexpr int kRowsAtOnce = 48;  // rows whose outputs of a panel stay in the first-level cache
-
-// Call `take(row, outputs of the panel)` for every row; `input(row)` is what the row multiplies.
-template <class Input, class Take>
-void panel_product(const Packed& matrix, int panel, int num_rows, Input input, Take take) {
+// Call `take(i, outputs of the panel)` for i = 0, 1, ...; `place(i)` is where the i-th row lies in `inputs`.
+template <class Place, class Take>
+void panel_product(const Packed& matrix, int panel, const Inputs& inputs, int num_rows, Place place, Take take) {
     alignas(64) float outputs[kRowsAtOnce * kPanel];
-    const float* inputs[kRowsAtOnce];
+    int places[kRowsAtOnce];
     for (int first = 0; first < num_rows; first += kRowsAtOnce) {
         const int size = std::min(kRowsAtOnce, num_rows - first);
-        for (int row = 0; row < size; ++row) inputs[row] = input(first + row);
-        matrix.product(panel, inputs, size, outputs);
-        for (int row = 0; row < size; ++row) take(first + row, outputs + row * kPanel);
+        for (int i = 0; i < size; ++i) places[i] = place(first + i);
+        matrix.product(panel, inputs, places, size, outputs);
+        for (int i = 0; i < size; ++i) take(first + i, outputs + i * kPanel);
     }
 }
 
-// out[row] = matrix * input(row), rows of `out` out_stride floats apart; a task is a panel of outputs. What a panel holds
+// out[row] = matrix * inputs[row], rows of `out` out_stride floats apart; a task is a panel of outputs. What a panel holds
 // beyond out_stride is left out.
-template <class Input>
-void matrix_product(slipstream::Phases& phases, const Packed& matrix, int num_rows, Input input, float* out,
-                    int out_stride) {
+inline void matrix_product(slipstream::Phases& phases, const Packed& matrix, const Inputs& inputs, int num_rows, float* out,
+                           int out_stride) {
     phases.run(matrix.num_panels(), [&](int panel) {
         const int first = panel * kPanel, width = std::min(kPanel, out_stride - first);
-        panel_product(matrix, panel, num_rows, input, [&](int row, const float* outputs) {
+        const auto take = [&](int row, const float* outputs) {
             std::copy(outputs, outputs + width, out + size_t(row) * out_stride + first);
-        });
+        };
+        panel_product(matrix, panel, inputs, num_rows, [](int row) { return row; }, take);
     });
 }
 

@@ -302,16 +302,7 @@ void for_rows(int64_t num_rows, int64_t num_tokens, Task task) {
         for (int64_t row = 0; row < num_rows; ++row) task(row);
         return;
     }
-    struct Shared {
-        Task* task;
-        int64_t num_rows;
-    } shared{&task, num_rows};
-    slipstream::run_pass(
-        [](void* context, slipstream::Phases& phases) {
-            const Shared& work = *static_cast<Shared*>(context);
-            phases.run(int(work.num_rows), [&](int row) { (*work.task)(row); });
-        },
-        &shared);
+    slipstream::run_walk([&](slipstream::Phases& phases) { phases.run(int(num_rows), task); });
 }
 
 }  // namespace

@@ -29,6 +29,7 @@ constexpr int kRegisters = 16, kStripVectors = 2, kMaxTileRows = 6;
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 inline Floats load(const float* from) {
     Floats value;
@@ -36,16 +37,10 @@ inline Floats load(const float* from) {
     return value;
 }
 
-inline Floats load(const int8_t* from) {
-#if defined(__AVX512F__)
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(__AVX2__)
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-    Floats value;
-    for (int lane = 0; lane < kLanes; ++lane) value[lane] = float(from[lane]);
+inline Ints load(const int32_t* from) {
+    Ints value;
+    std::memcpy(&value, from, sizeof value);
     return value;
-#endif
 }
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
@@ -83,6 +78,26 @@ inline float fma(float a, float b, float c) {
     return a * b + c;
 #endif
 }
+
+// sums[lane] += the four bytes of `quad`, from 0 to 128, times the four of weights[lane], from -127 to 127.
+inline Ints add_products(Ints sums, uint32_t quad, Words weights) {
+#if defined(__AVX512F__)
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(int(quad)), (__m512i)weights);
+    return (Ints)_mm512_add_epi32((__m512i)sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(int(quad)), (__m256i)weights);
+    return (Ints)_mm256_add_epi32((__m256i)sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    for (int byte = 0; byte < 4; ++byte) {
+        sums += ((Ints)(weights << (24 - 8 * byte)) >> 24) * int32_t(quad >> 8 * byte & 0xFF);
+    }
+    return sums;
+#endif
+}
+
+inline Floats to_floats(Ints value) { return __builtin_convertvector(value, Floats); }
+
+inline Bytes low_bytes(Words value) { return __builtin_convertvector(value, Bytes); }
 
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
