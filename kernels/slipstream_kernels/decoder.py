@@ -132,6 +132,9 @@ class _Plan(ctypes.Structure):
 
 _MOST_VIEWS = 4096
 
+LONGEST_ROUNDED = 2**31 // (128 * 127)
+"""Inputs of a product of integers, at most: so many of the largest bytes and weights add up to 32 bits."""
+
 
 class Decoder:
     """A decoder and its cache in the instruction set that runs when it is made.
@@ -255,3 +258,6 @@ def _check(sizes: Sizes) -> None:
         raise ValueError(f"{sizes.heads} heads do not share {sizes.kv_heads} key/value heads evenly")
     if sizes.hidden % 2 or sizes.experts > 1024:
         raise ValueError(f"hidden is {sizes.hidden}, experts {sizes.experts}; expected even, and at most 1024")
+    longest = max(sizes.hidden, sizes.inner, sizes.heads * sizes.head_dim)
+    if sizes.packs_int8 and longest > LONGEST_ROUNDED:
+        raise ValueError(f"a matrix has {longest} inputs, expected at most {LONGEST_ROUNDED} to round it to int8")

@@ -52,7 +52,8 @@ class PackedMatrix:
 def matrix_product(x_TD: Tensor, weight: PackedMatrix) -> Tensor:
     """x @ weight^T, fp32 [T, O]: every output one chain of fused multiply-adds over D from first to last.
 
-    With an int8 matrix rows are rounded too, to 64ths of their largest magnitude.
+    With an int8 matrix every output is a sum of integers, times two scales, of rows rounded to 64ths of their largest
+    magnitude; NaN for rows that are not finite.
     """
     num_outputs, inner = weight.shape
     if x_TD.shape[1] != inner:
@@ -65,14 +66,17 @@ def matrix_product(x_TD: Tensor, weight: PackedMatrix) -> Tensor:
 
 
 class PackedExperts:
-    """The experts of a layer: `gate_up` E times [2 * I, D] (gate rows first), `down` E times [D, I]; one dtype."""
+    """The experts of a layer: `gate_up` E times [2 * I, D] (gate rows first), `down` E times [D, I]; one dtype.
 
-    def __init__(self, gate_up: Sequence[Tensor], down: Sequence[Tensor]) -> None:
+    `packs_int8` as in `PackedMatrix`.
+    """
+
+    def __init__(self, gate_up: Sequence[Tensor], down: Sequence[Tensor], *, packs_int8: bool = False) -> None:
         self.hidden, inner = down[0].shape
         self.instruction_set = instruction_set()
         new = function("experts_new", self.instruction_set)
         new.restype = ctypes.c_void_p
-        self.handle = ctypes.c_void_p(new(len(down), self.hidden, inner))
+        self.handle = ctypes.c_void_p(new(len(down), self.hidden, inner, int(packs_int8)))
         weakref.finalize(self, function("experts_free", self.instruction_set), self.handle)
         set_expert = function("experts_set", self.instruction_set)
         for expert, (both, last) in enumerate(zip(gate_up, down, strict=True)):

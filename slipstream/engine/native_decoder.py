@@ -16,7 +16,8 @@ from slipstream_kernels.decoder import Decoder, Part, Sizes
 class NativeDecoder:
     """A `PagedDecoder` whose every output row is a bitwise function of its own sequence, for any number of threads.
 
-    Weights are packed as they are stored, bf16 or fp32, and activations and sums are fp32; or products are of integers.
+    Weights are packed as they are stored, bf16 or fp32; activations and sums are fp32. With `packs_int8` products are
+    of integers, matrices in int8 and rows in bytes; all else is fp32.
     """
 
     is_exact = True

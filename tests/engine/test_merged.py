@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import LIMITS, Run, Served, request_for, serve
 
+import slipstream_kernels
 from slipstream.drafting.chain import ChainDrafter
 from slipstream.drafting.drafter import DraftContext, StepLoad
 from slipstream.drafting.economy import REST_STEPS, Economy, Took
@@ -383,6 +384,28 @@ def test_chains_that_are_not_worth_a_pass_end_alike_in_one_call_and_token_by_tok
     assert min(lengths[1]) < max(lengths[1]), "each by what its own tokens survive"
     assert 1 < min(lengths[2]) == max(lengths[2]) < 6, "all together by what a pass costs"
     assert lengths[3] == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_chains_are_the_same_for_any_number_of_threads(sibling: Checkpoint, prompts: Prompts) -> None:
+    samplings = (
+        SamplingParams(seed=3, max_tokens=20, temperature=0.0),
+        SamplingParams(seed=4, max_tokens=20, temperature=1.0),
+        SamplingParams(seed=5, max_tokens=20, temperature=1.5, top_k=20, top_p=0.8),
+    )
+    contexts = [
+        DraftContext(slot, prompts[slot], one, limit, limit)
+        for slot, (one, limit) in enumerate(zip(samplings, (6, 2, 5), strict=True))
+    ]
+    drafted = []
+    for num_threads in (1, 2, 3):
+        slipstream_kernels.set_num_threads(num_threads)
+        drafted.append(_chains(sibling, None).draft(contexts, max_tokens=6, worth=ALWAYS_WORTH))
+    for chains in drafted:
+        assert chains.lengths_B.tolist() == [6, 2, 5]
+        for row, length in enumerate(chains.lengths_B):
+            assert np.array_equal(chains.token_ids_BSR[row, :length], drafted[0].token_ids_BSR[row, :length])
+            assert np.array_equal(chains.scores_BSR[row, :length], drafted[0].scores_BSR[row, :length])
 
 
 def test_a_chain_is_drawn_with_the_filters_of_its_request(sibling: Checkpoint, prompts: Prompts) -> None:

@@ -31,9 +31,9 @@ NUM_BLOCKS = 64
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
-def native(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> NativeDecoder:
+def native(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, packs_int8: bool = False) -> NativeDecoder:
     weights = arrange(checkpoint.config, checkpoint.weights, dtype=dtype)
-    return NativeDecoder(weights, num_blocks=NUM_BLOCKS, num_node_slots=64, max_rows=256)
+    return NativeDecoder(weights, num_blocks=NUM_BLOCKS, num_node_slots=64, max_rows=256, packs_int8=packs_int8)
 
 
 def random_ids(seed: int, length: int, vocab_size: int = VOCAB_SIZE) -> tuple[int, ...]:
@@ -198,10 +198,11 @@ def test_bits_are_a_rows_own_on_the_reference_target(instructions: str, dtype: t
     assert_bits_are_a_rows_own(lambda: native(checkpoint, dtype=dtype), random_ids(4, 60, vocab_size), vocab_size)
 
 
+@pytest.mark.parametrize("packs_int8", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bits_are_a_rows_own_in_every_family(tmp_path: Path, family: Family) -> None:
+def test_bits_are_a_rows_own_in_every_family(tmp_path: Path, family: Family, packs_int8: bool) -> None:
     checkpoint = load_checkpoint(random_checkpoint(family, tmp_path, size="odd"))
-    assert_bits_are_a_rows_own(lambda: native(checkpoint), random_ids(5, 60), VOCAB_SIZE)
+    assert_bits_are_a_rows_own(lambda: native(checkpoint, packs_int8=packs_int8), random_ids(5, 60), VOCAB_SIZE)
 
 
 ANCESTORS_REVERSED = """position += query.num_ancestors - 1;
@@ -215,6 +216,10 @@ MUTANTS = {
             ("vector(v) & mask)", "vector(v) << 16 * (kRows > 2) & (kRows > 2 ? ~Words{} : mask))"),
             ("accumulate(half, x, i + 1, sums)", "accumulate(half, x, i + (kRows <= 2), sums)"),
         ],
+    ),
+    "a rounded row takes the scale of another": (
+        "inputs.cpp",
+        [("scales_[place] = scale", "scales_[place / 2] = scale")],
     ),
     "ancestors are summed from the deepest up": (
         "attention.cpp",
@@ -245,5 +250,8 @@ def test_a_mutant_kernel_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(isa, "library", lambda: library)
     checkpoint = load_checkpoint(REFERENCE)
     vocab_size = checkpoint.config.vocab_size
+    packs_int8 = MUTANTS[mutant][0] == "inputs.cpp"
     with pytest.raises(AssertionError, match="equal"):
-        assert_bits_are_a_rows_own(lambda: native(checkpoint), random_ids(4, 60, vocab_size), vocab_size)
+        assert_bits_are_a_rows_own(
+            lambda: native(checkpoint, packs_int8=packs_int8), random_ids(4, 60, vocab_size), vocab_size
+        )

@@ -85,7 +85,7 @@ struct ExpertPass {
         product(phases, experts.gate_up_, rows, row_of, [&](int choice, int panel, const float* outputs) {
             silu_product(outputs, outputs + kHalf, kHalf, activated.row(choice) + panel * kHalf);
         });
-        if (activated.rounds()) {
+        if (activated.has_bytes()) {
             phases.run(num_rows * routing.num_chosen, [&](int choice) { activated.round(choice); });
         }
         const auto itself = [](int choice) { return choice; };

@@ -47,7 +47,8 @@ struct Routing {
 // Fill starts, choices, active and num_active from `experts`.
 void group_by_expert(const Routing& routing, int num_rows, int num_experts);
 
-// activated[choice] = silu(gate) * up of its row, then out[choice] = down * activated[choice].
+// activated[choice] = silu(gate) * up of its row, then out[choice] = down * activated[choice]. Rows were rounded if they
+// have bytes; `activated` has some if rows do.
 void run_experts(Phases& phases, const Experts& experts, const Routing& routing, int num_rows, const Inputs& rows,
                  const Inputs& activated, float* out);
 

@@ -13,16 +13,6 @@ using slipstream::Phases;
 
 namespace {
 
-// Rows as products read them.
-isa::Inputs inputs_of(const float* x, int num_rows, int inner, bool rounds, slipstream::Arena& memory) {
-    const isa::Inputs inputs(num_rows, inner, rounds, memory);
-    for (int row = 0; row < num_rows; ++row) {
-        std::copy_n(x + size_t(row) * inner, inner, inputs.row(row));
-        inputs.round(row);
-    }
-    return inputs;
-}
-
 // What `make` returns, or `otherwise` where memory runs out.
 template <class Make, class Result>
 auto with_memory(Make make, Result otherwise) -> decltype(make()) {
@@ -33,14 +23,43 @@ auto with_memory(Make make, Result otherwise) -> decltype(make()) {
     }
 }
 
+// Rows as products read them, in memory that lasts from call to call.
+class OpRows {
+   public:
+    const isa::Inputs& with_room(int num_rows, int inner, bool with_bytes) {
+        if (num_rows > num_rows_) {
+            inputs_ = isa::Inputs(num_rows, inner, with_bytes, memory_);
+            num_rows_ = num_rows;
+        }
+        return inputs_;
+    }
+
+    const isa::Inputs& holding(const float* x, int num_rows, int inner, bool with_bytes) {
+        with_room(num_rows, inner, with_bytes);
+        for (int row = 0; row < num_rows; ++row) {
+            std::copy_n(x + size_t(row) * inner, inner, inputs_.row(row));
+            inputs_.round(row);
+        }
+        return inputs_;
+    }
+
+   private:
+    slipstream::Arena memory_;
+    isa::Inputs inputs_;
+    int num_rows_ = 0;
+};
+
 struct Matrix {
     slipstream::Arena memory;
     isa::Packed weights;
+    OpRows rows;
 };
 
 struct ExpertLayer {
     slipstream::Arena memory;
     isa::Experts weights;
+    OpRows rows, activated;
+    bool is_rounded;
 };
 
 }  // namespace
@@ -84,46 +103,47 @@ auto SLIPSTREAM_EXPORT(matrix_new)(const void* data, int32_t type, int32_t packe
 void SLIPSTREAM_EXPORT(matrix_free)(void* matrix) { delete static_cast<Matrix*>(matrix); }
 
 // out[rows, outputs] = x[rows, inner] * matrix^T.
-void SLIPSTREAM_EXPORT(matrix_product)(const void* matrix, const float* x, int32_t num_rows, int32_t inner, float* out) {
-    const isa::Packed& weights = static_cast<const Matrix*>(matrix)->weights;
-    slipstream::Arena memory;
-    const isa::Inputs inputs = inputs_of(x, num_rows, inner, weights.is_rounded(), memory);
-    slipstream::run_walk([&](Phases& phases) {
+void SLIPSTREAM_EXPORT(matrix_product)(void* matrix, const float* x, int32_t num_rows, int32_t inner, float* out) {
+    auto& [memory, weights, rows] = *static_cast<Matrix*>(matrix);
+    const isa::Inputs& inputs = rows.holding(x, num_rows, inner, weights.is_rounded());
+    slipstream::run_pass([&](Phases& phases) {
         isa::matrix_product(phases, weights, inputs, num_rows, out, weights.num_outputs());
     });
 }
 
-auto SLIPSTREAM_EXPORT(experts_new)(int32_t num_experts, int32_t hidden, int32_t inner) -> void* {
-    return new ExpertLayer{{}, isa::Experts(num_experts, hidden, inner)};
+auto SLIPSTREAM_EXPORT(experts_new)(int32_t num_experts, int32_t hidden, int32_t inner, int32_t packs_int8) -> void* {
+    return new ExpertLayer{{}, isa::Experts(num_experts, hidden, inner), {}, {}, packs_int8 != 0};
 }
 
 void SLIPSTREAM_EXPORT(experts_free)(void* experts) { delete static_cast<ExpertLayer*>(experts); }
 
 int SLIPSTREAM_EXPORT(experts_set)(void* experts, int32_t expert, const void* gate_up, const void* down, int32_t type) {
     auto& layer = *static_cast<ExpertLayer*>(experts);
-    const auto whole = [&](const void* data) { return isa::Source{data, SlipstreamType(type), SlipstreamType(type)}; };
+    const SlipstreamType packed_type = layer.is_rounded ? kInt8 : SlipstreamType(type);
+    const auto matrix = [&](const void* data) { return isa::Source{data, SlipstreamType(type), packed_type}; };
     const auto set = [&] {
-        layer.weights.set_gate_up(expert, whole(gate_up), layer.memory);
-        layer.weights.set_down(expert, whole(down), layer.memory);
+        layer.weights.set_gate_up(expert, matrix(gate_up), layer.memory);
+        layer.weights.set_down(expert, matrix(down), layer.memory);
         return true;
     };
     return with_memory(set, false);
 }
 
 // out[row] = sum over its chosen experts of weight * down(silu(gate) * up).
-void SLIPSTREAM_EXPORT(experts_run)(const void* experts, const float* x, int32_t num_rows, int32_t num_chosen,
+void SLIPSTREAM_EXPORT(experts_run)(void* experts, const float* x, int32_t num_rows, int32_t num_chosen,
                                     int32_t* chosen, float* chosen_weights, float* out) {
-    const isa::Experts& weights = static_cast<const ExpertLayer*>(experts)->weights;
+    auto& layer = *static_cast<ExpertLayer*>(experts);
+    const isa::Experts& weights = layer.weights;
     const int num_experts = weights.num_experts(), num_choices = num_rows * num_chosen;
     std::vector<int32_t> starts(num_experts + 1), choices(num_choices), active(num_experts), num_active(1);
     const isa::Routing routing{num_chosen,     chosen,        chosen_weights,   starts.data(),
                                choices.data(), active.data(), num_active.data()};
     isa::group_by_expert(routing, num_rows, num_experts);
-    slipstream::Arena memory;
-    const isa::Inputs rows = inputs_of(x, num_rows, weights.hidden(), false, memory);
-    const isa::Inputs activated(num_choices, weights.activated_width(), false, memory);
+    const isa::Inputs& rows = layer.rows.holding(x, num_rows, weights.hidden(), layer.is_rounded);
+    const isa::Inputs& activated =
+        layer.activated.with_room(num_choices, weights.activated_width(), layer.is_rounded);
     std::vector<float> expert_out(size_t(num_choices) * weights.out_width());
-    slipstream::run_walk([&](Phases& phases) {
+    slipstream::run_pass([&](Phases& phases) {
         isa::run_experts(phases, weights, routing, num_rows, rows, activated, expert_out.data());
     });
     for (int row = 0; row < num_rows; ++row) {
@@ -140,7 +160,7 @@ void SLIPSTREAM_EXPORT(tree_attention)(const float* queries, const float* block_
                                        const int32_t* ancestors, int32_t num_queries, int32_t num_heads, int32_t size,
                                        float* out) {
     const isa::HeadCache cache{block_keys, block_values, node_keys, node_values, long(isa::kBlock) * size, size};
-    slipstream::run_walk([&](Phases& phases) {
+    slipstream::run_pass([&](Phases& phases) {
         phases.run(num_queries, [&](int query) {
             const int first = ancestor_starts[query], num_ancestors = ancestor_starts[query + 1] - first;
             const isa::Query one{queries + size_t(query) * num_heads * size,

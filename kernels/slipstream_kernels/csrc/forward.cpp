@@ -7,8 +7,11 @@ namespace SLIPSTREAM_ISA {
 
 // One pass. The steps of a layer, each a phase whose tasks the threads share:
 //
-//   norm -> queries, keys, values -> rotate and write to the cache -> attend -> attention out
-//        -> add, norm and route -> gate and up -> down -> (next layer) add and norm ...
+//   norm -> queries, keys, values -> rotate and write to the cache -> attend (-> round) -> attention out
+//        -> add, norm and route -> gate and up (-> round) -> down -> (next layer) add and norm ...
+//
+// Where matrices are int8, what they multiply is rounded once the whole row is there: a norm has it at hand, but heads
+// and panels of a row are the work of several tasks.
 //
 // Behind its keys and values, the last layer is computed for rows whose logits are wanted alone: nobody else looks at it.
 // There, place `i` of a buffer belongs to the i-th of these rows.
@@ -47,7 +50,7 @@ struct ForwardPass {
             const int place = task % num_places;
             attend_heads(phases.thread(), index, row_at(place), task / num_places, scratch.attended.row(place));
         });
-        if (scratch.attended.rounds()) phases.run(num_places, [&](int place) { scratch.attended.round(place); });
+        if (scratch.attended.has_bytes()) phases.run(num_places, [&](int place) { scratch.attended.round(place); });
         matrix_product(phases, layer.attention_out, scratch.attended, num_places, scratch.delta, decoder.delta_width_);
         phases.run(
             num_places,
@@ -166,7 +169,7 @@ void Decoder::forward(const SlipstreamPlan& plan, float* logits, int32_t* expert
         scratch_.scores.push_back(memory_.take<float>(scores_size(sizes_.num_positions)));
     }
     ForwardPass pass{*this, plan, logits, experts};
-    slipstream::run_walk([&](Phases& phases) { pass.walk(phases); });
+    slipstream::run_pass([&](Phases& phases) { pass.walk(phases); });
 }
 
 }  // namespace SLIPSTREAM_ISA

@@ -1,5 +1,6 @@
 #include "matmul.h"
 
+#include <cassert>
 #include <cfloat>
 
 namespace SLIPSTREAM_ISA {
@@ -83,13 +84,13 @@ inline void accumulate_quad(Weights weights, const RoundedRow* x, int i, Ints (&
     }
 }
 
-// The outputs of kStrips strips for kRows rows.
+// Tiles of a panel: `tile` computes the outputs of kStrips strips, from `first_output` of the panel on, for kRows rows.
 template <SlipstreamType kType>
 struct FloatTiles {
     using Row = const float*;
 
     template <int kRows, int kStrips>
-    SLIPSTREAM_NOINLINE void tile(int, Weights weights, const float* const* x, int inner, float* out) const {
+    SLIPSTREAM_NOINLINE void tile(int /* first_output */, Weights weights, const float* const* x, int inner, float* out) const {
         constexpr int kWidth = kStrips * kStripVectors;
         Floats sums[kRows][kWidth] = {};
         for (int i = 0; i < inner; i += kType == kBf16 ? 2 : 1) {
@@ -110,22 +111,23 @@ struct FloatTiles {
 struct RoundedTiles {
     using Row = RoundedRow;
 
-    const float* scales;  // of the panel's outputs
+    const float* scales;  // of the panel's outputs, as `offsets`
     const int32_t* offsets;
 
     template <int kRows, int kStrips>
-    SLIPSTREAM_NOINLINE void tile(int first, Weights weights, const RoundedRow* x, int inner, float* out) const {
+    SLIPSTREAM_NOINLINE void tile(int first_output, Weights weights, const RoundedRow* x, int inner, float* out) const {
         constexpr int kWidth = kStrips * kStripVectors;
         Ints sums[kRows][kWidth] = {};
-        for (int i = 0; i < inner; i += 4, weights.data += kStepBytes) {
+        for (int i = 0; i < inner; i += 4) {
             weights.prefetch(kStrips);
             accumulate_quad(weights, x, i, sums);
+            weights.data += kStepBytes;
         }
         for (int v = 0; v < kWidth; ++v) {
-            const Ints offset = load(offsets + first + v * kLanes);
-            const Floats scale = load(scales + first + v * kLanes);
+            const Ints offset = load(offsets + first_output + v * kLanes);
+            const Floats scale = load(scales + first_output + v * kLanes);
             for (int row = 0; row < kRows; ++row) {
-                store(out + row * kPanel + v * kLanes, to_floats(sums[row][v] - offset) * (scale * x[row].scale));
+                store(out + row * kPanel + v * kLanes, to_floats(sums[row][v] - offset) * scale * x[row].scale);
             }
         }
     }
@@ -216,6 +218,7 @@ void Packed::product(int panel, const Inputs& inputs, const int* places, int num
     const Weights weights{strip_of(panel * kPanel), strip_bytes_};
     const size_t first = size_t(panel) * kPanel;
     if (is_rounded()) {
+        assert(inputs.has_bytes());
         RoundedRow rows[kRowsAtOnce];
         for (int i = 0; i < num_rows; ++i) rows[i] = inputs.rounded(places[i]);
         const RoundedTiles tiles{&scales_[first], &offsets_[first]};

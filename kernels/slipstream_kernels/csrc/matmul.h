@@ -38,10 +38,10 @@ struct Source {
     }
 };
 
-// A weight matrix [outputs, inner] in strips of kStrip outputs, each contiguous: kStrip words of four bytes after another,
-// which hold one fp32, two bf16 or four int8 of an output, those of the first inner indices first and the first of a word
-// in its low bits. A pass reads it once, in order. With int8, weight = scale of its output * integer, the largest of an
-// output being 127, and what is read are rounded rows.
+// A weight matrix [outputs, inner] in strips of kStrip outputs, each contiguous: groups of kStrip words of four bytes, one
+// group after the other. A word holds one fp32, two bf16 or four int8 of an output, the first inner index in its low bits.
+// A pass reads it once, in order. With int8, weight = scale of its output * integer, the largest of an output being 127,
+// and products are with rows that were rounded (Inputs).
 class Packed {
    public:
     // `order[o]` is the source row of output o, -1 for zeros; source is row-major [rows, inner]. Weights lie in `memory`.
@@ -49,7 +49,6 @@ class Packed {
 
     int num_panels() const { return num_panels_; }
     int num_outputs() const { return num_outputs_; }
-    int inner() const { return inner_; }
 
     bool is_rounded() const { return type_ == kInt8; }
 
@@ -67,9 +66,9 @@ class Packed {
     size_t strip_bytes_ = 0;
     int num_panels_ = 0, num_outputs_ = 0, inner_ = 0;
     SlipstreamType type_ = kFp32;
-    // Of outputs, padded to panels, only with int8: scales, and the sums of weights that kByteOfZero would add.
+    // Of outputs, padded to panels, only with int8.
     std::vector<float> scales_;
-    std::vector<int32_t> offsets_;
+    std::vector<int32_t> offsets_;  // kByteOfZero times all integers of an output: what it adds to every product
 };
 
 // Call `take(i, outputs of the panel)` for i = 0, 1, ...; `place(i)` is where the i-th row lies in `inputs`.

@@ -97,10 +97,10 @@ void set_num_threads(int number);
 // Run a pass of at most kMaxPhases phases. One pass runs at a time; callers queue.
 void run_pass(Pass pass, void* context);
 
-// The same for a pass that is any callable.
-template <class Walk>
-void run_walk(Walk walk) {
-    run_pass([](void* context, Phases& phases) { (*static_cast<Walk*>(context))(phases); }, &walk);
+// The same for any callable that takes Phases&.
+template <class Body>
+void run_pass(Body body) {
+    run_pass([](void* context, Phases& phases) { (*static_cast<Body*>(context))(phases); }, &body);
 }
 
 }  // namespace slipstream

@@ -302,7 +302,7 @@ void for_rows(int64_t num_rows, int64_t num_tokens, Task task) {
         for (int64_t row = 0; row < num_rows; ++row) task(row);
         return;
     }
-    slipstream::run_walk([&](slipstream::Phases& phases) { phases.run(int(num_rows), task); });
+    slipstream::run_pass([&](slipstream::Phases& phases) { phases.run(int(num_rows), task); });
 }
 
 }  // namespace
