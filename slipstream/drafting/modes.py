@@ -2,11 +2,12 @@
 
 The gain of a mode is what its steps gave: tokens over the number of plain steps that they took as long as. It is
 remembered per mode and size of the batch, to a factor of two. A step is taken in the mode with the largest gain;
-speculation is off where none is much above that of plain steps. Every mode is compared only after steps enough to tell
-at the size at hand; what is known of the next size only prices nodes until then. Now and then another mode is tried,
-because text, drafts and load change, and because what is known of it may have been bad luck: the less it seems to lose
-beside the best, the more often, such that trials of a mode cost a fixed small share of all time. While speculation is
-off, trials are all it costs; while it is on, a plain step now and then keeps what plain steps cost known.
+speculation is off where none is much above that of plain steps. A mode is compared after steps enough to tell at the
+size at hand, or where it loses with fewer requests; else what is known of the next size only prices nodes. Now and then
+another mode is tried, because text, drafts and load change, and because what is known of it may have been bad luck: the
+less it seems to lose beside the best, the more often, such that trials of a mode cost a fixed small share of all time.
+While speculation is off, trials are all it costs; while it is on, a plain step now and then keeps what plain steps cost
+known.
 """
 
 from __future__ import annotations
@@ -191,7 +192,16 @@ class Modes:
         return best
 
     def _is_known(self, size: int, mode: Mode) -> bool:
-        """Whether a mode has had its first steps at this size."""
+        """Whether a mode is compared at this size: after its first steps, or as it loses with fewer requests.
+
+        What loses with fewer rarely gains with more, so finding out is left to trials.
+        """
+        if self._had_first_steps(size, mode):
+            return True
+        fewer = next((one for one in range(size - 1, 0, -1) if self._had_first_steps(one, mode)), None)
+        return fewer is not None and self._gain_at(fewer, mode) < 1.0
+
+    def _had_first_steps(self, size: int, mode: Mode) -> bool:
         if self._num_taken[size, mode] >= _FIRST_PATIENCE * first_steps(size) + CATCH_UP_STEPS:
             return True
         own = self._evidence.get((size, mode))

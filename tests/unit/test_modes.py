@@ -178,6 +178,21 @@ def test_every_size_of_the_batch_is_judged_by_its_own_steps() -> None:
     assert chosen[-1] is Mode.CHAIN
 
 
+def test_what_loses_with_fewer_requests_is_left_to_trials_with_more() -> None:
+    modes = Modes()
+    taken(modes, {Mode.FLOOR: BAD}, num_steps=2 * first_steps(2), num_requests=2)
+    chosen = taken(modes, {Mode.FLOOR: GOOD}, num_steps=10 * SHORTEST_INTERVAL, num_requests=16)
+    assert chosen[: SHORTEST_INTERVAL - 1] == [Mode.OFF] * (SHORTEST_INTERVAL - 1)
+    assert chosen[-SHORTEST_INTERVAL:].count(Mode.FLOOR) > SHORTEST_INTERVAL // 2, "it is found to gain all the same"
+
+
+def test_what_gains_with_fewer_requests_has_first_steps_with_more() -> None:
+    modes = Modes()
+    taken(modes, {Mode.FLOOR: GOOD}, num_steps=2 * first_steps(2), num_requests=2)
+    chosen = taken(modes, {Mode.FLOOR: BAD}, num_steps=first_steps(5) + 1, num_requests=16)
+    assert chosen == [Mode.FLOOR] * first_steps(5) + [Mode.OFF]
+
+
 def test_a_replaced_draft_is_tried_at_once() -> None:
     modes = Modes()
     taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: BAD}, num_steps=2 * first_steps(1))
