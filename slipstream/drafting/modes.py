@@ -1,18 +1,20 @@
 """Which drafters take part in a step: none, those that cost next to nothing, or the draft model as well.
 
 The gain of a mode is what its steps gave: tokens over the number of plain steps that they took as long as. It is
-remembered per mode and size of the batch, to a factor of two. A step is taken in the mode with the largest gain;
-speculation is off where none is much above that of plain steps. A mode is compared after steps enough to tell at the
-size at hand, or where it loses with fewer requests; else what is known of the next size only prices nodes. Now and then
-another mode is tried, because text, drafts and load change, and because what is known of it may have been bad luck: the
-less it seems to lose beside the best, the more often, such that trials of a mode cost a fixed small share of all time.
-While speculation is off, trials are all it costs; while it is on, a plain step now and then keeps what plain steps cost
-known.
+remembered per mode and size of the batch, to a factor of two. A step is taken in the mode with the largest gain, what
+few steps told being doubted in its favour: staying with a mode that gains next to nothing costs next to nothing, and
+tells. Speculation is off where no gain is much above that of plain steps. A mode is compared after steps enough to tell
+at the size at hand, or where it loses with fewer requests; else what is known of the next size only prices nodes. Now
+and then another mode is tried, because text, drafts and load change, and because what is known of it may have been bad
+luck: the less it seems to lose beside the best, the more often, such that trials of a mode cost a fixed small share of
+all time. While speculation is off, trials are all it costs; while it is on, a plain step now and then keeps what plain
+steps cost known.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter, defaultdict
 
 TRIAL_COST_RATIO = 0.003
@@ -48,6 +50,9 @@ _FIRST_PATIENCE = 2
 
 _LEAST_GAIN = 1.02
 """What drafting must gain: less than that does not pay for being wrong."""
+
+_DOUBT = 0.5
+"""What a mode may gain beyond what a step of one request told; of more steps and requests, less by their root."""
 
 _KEPT = 0.997
 """What older steps still count for with every new one: the last few hundred count, which are several requests."""
@@ -177,8 +182,8 @@ class Modes:
         for mode in drafting:
             if not self._is_known(size, mode):
                 return mode
-        gains = {mode: self._gain_at(size, mode) for mode in (Mode.OFF, *drafting)}
-        gains[Mode.OFF] *= _LEAST_GAIN
+        gains = {mode: self._gain_at(size, mode) + self._doubt(size, mode) for mode in drafting}
+        gains[Mode.OFF] = _LEAST_GAIN * self._gain_at(size, Mode.OFF)
         best = max(gains, key=gains.__getitem__)
         if size not in self._next_trial:
             self._plan_trials(size, gains, best)
@@ -211,6 +216,11 @@ class Modes:
         """What is known of a mode at this size, or at one next to it; 1 if nothing is."""
         found = (self._evidence.get((near, mode)) for near in _near(size))
         return next((one.gain for one in found if one is not None), 1.0)
+
+    def _doubt(self, size: int, mode: Mode) -> float:
+        """By how much a mode may be better than its steps at this size say; 0 if it had none."""
+        own = self._evidence.get((size, mode))
+        return 0.0 if own is None else _DOUBT / math.sqrt(own.num_steps << (size - 1))
 
     def _plan_trials(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
         """All modes have had their first steps, which were trials too; fix when each is tried again."""
