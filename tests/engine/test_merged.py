@@ -189,24 +189,24 @@ class FixedCost:
 
 
 def let_steps_cost(drafter: MergedDrafter, per_node: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are said to take 1 s and `per_node` s for every node, and to have taken that."""
+    """Passes are said to take 1 s and `per_node` s a node, and to have taken that; drafting takes 0.1 s more."""
     economy = economy_of(drafter)
     settle = economy.settle
     economy.step_cost = FixedCost(per_node)  # type: ignore[assignment]
     monkeypatch.setattr(economy, "settle", lambda took: settle(took._replace(spared_s=0.0)))
-    propose, finished, num_nodes = drafter.propose, drafter.finished, 0
+    propose, finished, num_nodes, drafting_s = drafter.propose, drafter.finished, 0, 0.0
 
     def counting(contexts: Sequence[DraftContext]) -> list[DraftTree]:
-        nonlocal num_nodes
+        nonlocal num_nodes, drafting_s
         trees = propose(contexts)
-        num_nodes = sum(len(tree.token_ids) for tree in trees)
+        num_nodes, drafting_s = sum(len(tree.token_ids) for tree in trees), 0.1
         return trees
 
     def told(*, step_s: float, pass_s: float, num_tokens: int) -> None:
-        nonlocal num_nodes
+        nonlocal num_nodes, drafting_s
         took_s = 1.0 + per_node * num_nodes
-        finished(step_s=took_s, pass_s=took_s, num_tokens=num_tokens)
-        num_nodes = 0
+        finished(step_s=took_s + drafting_s, pass_s=took_s, num_tokens=num_tokens)
+        num_nodes, drafting_s = 0, 0.0
 
     monkeypatch.setattr(drafter, "propose", counting)
     monkeypatch.setattr(drafter, "finished", told)
