@@ -20,6 +20,7 @@ from slipstream.models.checkpoint import Checkpoint, load_checkpoint
 from slipstream.models.config import Family
 from slipstream.models.decoder import arrange, causal_logits
 from slipstream_kernels import build, isa
+from slipstream_kernels.decoder import LONGEST_ROUNDED
 from tests.families import FAMILIES, SIZES, VOCAB_SIZE, random_checkpoint
 from tests.plans import Rows, blocks_for, plan_of, random_tree
 
@@ -100,6 +101,14 @@ def test_a_decoder_rounded_to_int8_says_nearly_the_same() -> None:
     difference = (exact - rounded).abs()
     assert difference.max() > 0
     assert difference.mean() < 0.1 * exact.std()
+
+
+def test_a_matrix_too_long_to_be_rounded_is_refused() -> None:
+    checkpoint = load_checkpoint(REFERENCE)
+    weights = arrange(checkpoint.config, checkpoint.weights, dtype=None)
+    too_long = msgspec.structs.replace(checkpoint.config, intermediate_size=LONGEST_ROUNDED + 1)
+    with pytest.raises(ValueError, match="a matrix has 132105 inputs, expected at most 132104 to round it to int8"):
+        NativeDecoder(weights._replace(config=too_long), num_blocks=1, num_node_slots=0, max_rows=1, packs_int8=True)
 
 
 def test_weights_lie_behind_a_cache_of_any_size_or_the_error_says_that_it_does_not_fit() -> None:

@@ -8,14 +8,12 @@
 namespace SLIPSTREAM_ISA {
 namespace {
 
-constexpr int kLine = 64;  // bytes
-
 // 1.5 * 2^23, where floats are one apart: the low byte of x / scale + kToBytes is kByteOfZero plus the integer nearest.
 constexpr float kToBytes = 12582912.0f + kByteOfZero;
 
 // Values from one row to the next. Rows a power of two apart would all fall into the same few lines of the first-level
 // cache; one line more spreads them.
-int stride_of(int inner, int per_line) { return (inner + per_line - 1) / per_line * per_line + per_line; }
+int stride_of(int inner, int per_line) { return round_up(inner, per_line) + per_line; }
 
 // The largest magnitude of a row; not finite if any value is not.
 float largest_magnitude(const float* row, int size) {

@@ -8,6 +8,10 @@
 
 namespace SLIPSTREAM_ISA {
 
+using slipstream::kLine;
+
+inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
+
 constexpr int kMostSteps = 64;  // a rounded value is that many steps of its row at most
 constexpr uint8_t kByteOfZero = kMostSteps;
 

@@ -7,7 +7,6 @@ namespace SLIPSTREAM_ISA {
 namespace {
 
 constexpr int kPrefetchBytes = 4096;  // a page ahead: hardware prefetchers stop at page borders
-constexpr int kLine = 64;
 
 // Up to this many rows take all strips of a panel at once: a tile of few sums would wait for its own additions.
 constexpr int kFewRows = 2;
@@ -165,19 +164,25 @@ void panel_of_rows(const Tiles& tiles, Weights weights, const typename Tiles::Ro
 // How many inner indices a word of four bytes holds.
 int per_word(SlipstreamType type) { return type == kFp32 ? 1 : type == kBf16 ? 2 : 4; }
 
+// Where the i-th weight of an output lies in its strip, in weights.
+size_t place_in_strip(int i, int output, SlipstreamType type) {
+    const int number = per_word(type);
+    return (size_t(i / number) * kStrip + output % kStrip) * number + i % number;
+}
+
 }  // namespace
 
 void Packed::pack(const Source& source, int inner, const int* order, int num_outputs, Arena& memory) {
-    const int num_words = (inner + per_word(source.packed_type) - 1) / per_word(source.packed_type);
+    const int padded_inner = round_up(inner, per_word(source.packed_type));
     const int num_panels = (num_outputs + kPanel - 1) / kPanel;
-    const size_t strip_bytes = size_t(num_words) * kStepBytes;
+    const size_t strip_bytes = size_t(padded_inner / per_word(source.packed_type)) * kStepBytes;
     const size_t num_bytes = strip_bytes * (kPanel / kStrip) * num_panels;
     data_ = memory.take<char>(num_bytes);
     std::memset(data_, 0, num_bytes);
     strip_bytes_ = strip_bytes;
     num_panels_ = num_panels;
     num_outputs_ = num_outputs;
-    inner_ = num_words * per_word(source.packed_type);
+    inner_ = padded_inner;
     type_ = source.packed_type;
     scales_.assign(type_ == kInt8 ? size_t(num_panels) * kPanel : 0, 0.0f);
     offsets_.assign(scales_.size(), 0);
@@ -191,12 +196,11 @@ void Packed::pack(const Source& source, int inner, const int* order, int num_out
 void Packed::pack_output(const Source& source, size_t first, int inner, int output) {
     char* const strip = strip_of(output);
     for (int i = 0; i < inner; ++i) {
+        const size_t place = place_in_strip(i, output, type_);
         if (type_ == kBf16) {
-            const size_t word = size_t(i / 2) * kStrip + output % kStrip;
-            const uint16_t* const bits = static_cast<const uint16_t*>(source.data) + first;
-            reinterpret_cast<uint16_t*>(strip)[word * 2 + i % 2] = bits[i];
+            reinterpret_cast<uint16_t*>(strip)[place] = static_cast<const uint16_t*>(source.data)[first + i];
         } else {
-            reinterpret_cast<float*>(strip)[size_t(i) * kStrip + output % kStrip] = source.at(first + i);
+            reinterpret_cast<float*>(strip)[place] = source.at(first + i);
         }
     }
 }
@@ -209,7 +213,7 @@ void Packed::pack_rounded(const Source& source, size_t first, int inner, int out
     int8_t* const strip = reinterpret_cast<int8_t*>(strip_of(output));
     for (int i = 0; i < inner; ++i) {
         const int rounded = int(std::lrint(source.at(first + i) / scale));
-        strip[(size_t(i / 4) * kStrip + output % kStrip) * 4 + i % 4] = int8_t(rounded);
+        strip[place_in_strip(i, output, kInt8)] = int8_t(rounded);
         offsets_[output] += kByteOfZero * rounded;
     }
 }

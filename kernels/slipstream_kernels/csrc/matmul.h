@@ -97,8 +97,6 @@ inline void matrix_product(slipstream::Phases& phases, const Packed& matrix, con
     });
 }
 
-inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
-
 // The order of a matrix whose outputs stand as in its source.
 inline std::vector<int> in_order(int size) {
     std::vector<int> order(size);

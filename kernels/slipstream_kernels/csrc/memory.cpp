@@ -11,7 +11,6 @@
 namespace slipstream {
 namespace {
 
-constexpr size_t kLine = 64;
 constexpr size_t kHugePage = size_t(1) << 21;
 
 // Pages that nobody touches are never handed out, so only addresses are spent on what is left of a chunk.

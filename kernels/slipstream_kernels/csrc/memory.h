@@ -9,6 +9,8 @@
 
 namespace slipstream {
 
+constexpr int kLine = 64;  // bytes of a cache line
+
 class Arena {
    public:
     Arena() = default;
