@@ -5,7 +5,7 @@
     price of n nodes   the seconds that they add to the pass, at the token rate
 
 Costs of passes are predicted by `step_cost`, what goes on beside them by `overhead`. `modes` chooses by what steps were
-expected to give, as far as such promises were kept, in the time they really took.
+expected to give in the time they were expected to take, both as far as such promises were kept.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ REST_STEPS = 7
 """While speculation is off, so many steps follow each one that is asked about: asking took 1 % of a step."""
 
 _LARGEST_SURPRISE = 2.0
-"""A step counts as long as so many times what was expected of it, at most: the machine may have interrupted it."""
+"""A pass counts as long as so many times what was expected of it, at most: the machine may have interrupted it."""
 
 _LONGEST_READING = 32.0
-"""A step in which a draft model reads texts, which nothing foresees, counts as so many plain steps at most."""
+"""A step counts as so many plain steps at most, also one in which a draft model reads texts, which nothing foresees."""
 
 _LITTLE_KNOWN = 0.14
 """Where less of an error is due to the pace, the size is new: every step of it counts."""
 
-_PROMISED_REMEMBERED = 1_000.0
-"""Expected tokens that are compared with those that came."""
+_TOKENS_REMEMBERED, _PLAIN_STEPS_REMEMBERED = 1_000.0, 200.0
+"""Expected tokens of drafted nodes, and time of passes in plain steps, that are compared with what came."""
 
 _PROMISED_AT_FIRST = 20.0
-"""Tokens that came as expected, before any did."""
+"""So much came as expected, before anything did."""
 
 
 class Took(NamedTuple):
@@ -57,23 +57,24 @@ class Took(NamedTuple):
 
 
 class Promise:
-    """How much of what drafted nodes promise comes true: tokens that came over tokens expected, the newest thousand.
+    """What came over what was expected: tokens of drafted nodes, or time of passes. The newest `remembered` counts.
 
-    What a step is expected to give varies much less than what it gives, and this share is the same for batches of all
-    sizes: so a few steps tell what a mode gives at a new one.
+    What is expected of a step varies much less than what comes: luck with tokens, a machine that is slower for a while.
+    So with this share, which changes slowly, a few steps tell what a mode gives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remembered: float) -> None:
+        self._remembered = remembered
         self._expected = self._came = _PROMISED_AT_FIRST
 
     @property
     def kept_share(self) -> float:
-        """What to multiply expected tokens with."""
+        """What to multiply the expected with."""
         return self._came / self._expected
 
     def observe(self, expected: float, came: float) -> None:
-        """Nodes that were expected to give so many tokens gave so many."""
-        kept = 1 - min(expected / _PROMISED_REMEMBERED, 1.0)
+        """Of so much that was expected, so much came."""
+        kept = 1 - min(expected / self._remembered, 1.0)
         self._expected = kept * self._expected + expected
         self._came = kept * self._came + came
 
@@ -93,7 +94,9 @@ class Economy:
         self._costs = _NO_COSTS
         self._pace_share = self._drafted_tokens = 0.0
         self._is_observed = False
-        self._promises = {mode: Promise() for mode in Mode}
+        # Of tokens the same share comes at all sizes of the batch; time was measured of some sizes better than of others.
+        self._tokens = {mode: Promise(_TOKENS_REMEMBERED) for mode in Mode}
+        self._times: dict[tuple[Mode, int], Promise] = {}
 
     def choose(self, load: StepLoad, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step."""
@@ -170,25 +173,40 @@ class Economy:
             self.expect(num_nodes=0, drafted_tokens=0.0)
         if not self._is_observed:
             self.step_cost.keep_pace(took.pass_s / self._expected_pass_s, pace_share=self._pace_share)
-        promise = self._promises[mode]
-        promise.observe(self._drafted_tokens, took.num_tokens - load.num_choosing)
-        num_tokens = load.num_choosing + promise.kept_share * self._drafted_tokens
+        tokens = self._tokens[mode]
+        tokens.observe(self._drafted_tokens, took.num_tokens - load.num_choosing)
+        num_tokens = load.num_choosing + tokens.kept_share * self._drafted_tokens
         if self._num_switch_steps and not took.is_usual:
             self._num_switch_steps -= 1
             note = self.modes.note_switch
         else:
             self._num_switch_steps = 0
             note = self.modes.note
-        longest_s = _LONGEST_READING * self._plain_s
-        if took.is_usual:
-            longest_s = _LARGEST_SURPRISE * (self._expected_pass_s + self._overhead.expected_s(mode, load.num_choosing))
-        plain_steps = min(step_s, longest_s) / self._plain_s
-        note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
+        plain_steps = self._usual_plain_steps(took.pass_s) if took.is_usual else step_s / self._plain_s
+        note(
+            mode,
+            num_requests=load.num_choosing,
+            num_tokens=num_tokens,
+            plain_steps=min(plain_steps, _LONGEST_READING),
+        )
 
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
         self.modes.forget(mode)
         self._num_switch_steps = CATCH_UP_STEPS
+
+    def _usual_plain_steps(self, pass_s: float) -> float:
+        """As how many plain steps a step counts whose pass took so long.
+
+        That is what such a pass is expected to take, as far as time is kept: that the machine was slower just now is
+        not due to the mode.
+        """
+        mode, num_requests = self._mode, self._load.num_choosing
+        time = self._times.setdefault((mode, num_requests.bit_length()), Promise(_PLAIN_STEPS_REMEMBERED))
+        expected = self._expected_pass_s / self._plain_s
+        time.observe(expected, min(pass_s / self._expected_pass_s, _LARGEST_SURPRISE) * expected)
+        beside_s = self._overhead.expected_s(mode, num_requests)
+        return time.kept_share * expected + beside_s / self._plain_s
 
     def _plain_step_s(self, step_s: Float64) -> float:
         """What a step like this one takes without drafting."""

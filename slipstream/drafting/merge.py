@@ -52,7 +52,7 @@ A few times as many where few requests draft (`chain`).
 _JUDGED_AT_ONCE = 256
 """Candidates judged before estimates are looked at again."""
 
-_STEPS_BETWEEN_COSTS = 4
+_STEPS_BETWEEN_COSTS = 8
 """One in so many steps corrects the prediction of what steps cost."""
 
 _STEPS_BETWEEN_LESSONS = 8

@@ -3,8 +3,9 @@
 The gain of a mode is what its steps gave: tokens over the number of plain steps that they took as long as. It is
 remembered per mode and size of the batch, to a factor of two. A step is taken in the mode with the largest gain, what
 few steps told being doubted in its favour: staying with a mode that gains next to nothing costs next to nothing, and
-tells. Speculation is off where no gain is much above that of plain steps. A mode is compared after steps enough to tell
-at the size at hand, or where it loses with fewer requests; else what is known of the next size only prices nodes. Now
+tells. Speculation is off where no gain is much above that of plain steps. A size of the batch begins with a few plain
+steps, which all others are measured by. A mode is compared after steps enough to tell at the size at hand, or where it
+loses with fewer requests; else what is known of the next size only prices nodes. Now
 and then another mode is tried, because text, drafts and load change, and because what is known of it may have been bad
 luck: the less it seems to lose beside the best, the more often, such that trials of a mode cost a fixed small share of
 all time. While speculation is off, trials are all it costs; while it is on, a plain step now and then keeps what plain
@@ -21,7 +22,7 @@ TRIAL_COST_RATIO = 0.003
 """What trials of one mode may cost, as a share of all steps."""
 
 FIRST_TRIAL_COST_RATIO = 0.01
-"""What its first steps may have cost by the time of its first trial: they may have been bad luck."""
+"""What its first steps, or the trial itself, may cost by the time of its first one: they may have been bad luck."""
 
 SHORTEST_INTERVAL = 48
 """Steps between two trials, at least."""
@@ -33,6 +34,9 @@ _FIRST_STEPS = 64
 """Steps of a mode with one request before it is compared; fewer with more requests, which tell more at once."""
 
 _LEAST_FIRST_STEPS = 4
+
+FIRST_PLAIN_STEPS = 4
+"""Plain steps that a size of the batch begins with: what they take at start-up, alone, is not what they take in service."""
 
 _TRIAL_STEPS = 8
 """Steps of a trial with one request; fewer with more."""
@@ -112,10 +116,15 @@ class Modes:
         self._next_trial: dict[int, int] = {}
         self._next_trials: dict[tuple[int, Mode], int] = {}
         self._first_switch_steps: defaultdict[tuple[int, Mode], float] = defaultdict(float)
+        self._last_switch_steps: dict[Mode, float] = {}
+        # The mode that is kept to between trials, and what keeping to it loses: in every step, and since another is best.
+        self._kept = Mode.OFF
+        self._loss_of_step = self._lost_steps = 0.0
         self._trial: Mode | None = None
         self._trial_evidence = _Evidence()
         self._trial_steps = 0
         self._trial_switch_steps = 0.0
+        self._is_first = False
 
     def choose(self, num_requests: int, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step. Which drafters there are changes with `forget` alone."""
@@ -131,6 +140,7 @@ class Modes:
         """So many more steps are plain without being asked about."""
         self._num_steps[num_requests.bit_length()] += num_steps
         self.counts[Mode.OFF] += num_steps
+        self._lost_steps += num_steps * self._loss_of_step
 
     def note(self, mode: Mode, *, num_requests: int, num_tokens: float, plain_steps: float) -> None:
         """What a step gave all requests together, and as how many plain steps of theirs it took.
@@ -152,6 +162,7 @@ class Modes:
         size = num_requests.bit_length()
         best_gain = max(self._gain_at(size, one) for one in Mode)
         lost_steps = plain_steps - num_tokens / num_requests / best_gain
+        self._last_switch_steps[mode] = lost_steps
         if mode is self._trial:
             self._trial_switch_steps += lost_steps
         elif not self._is_known(size, mode):
@@ -163,8 +174,8 @@ class Modes:
 
     @property
     def is_trying(self) -> bool:
-        """Whether a trial is going on."""
-        return self._trial is not None
+        """Whether a trial is going on, or a mode has its first steps."""
+        return self._is_first or self._trial is not None
 
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
@@ -177,10 +188,13 @@ class Modes:
         self._trial = None
 
     def _chosen(self, size: int, drafting: list[Mode]) -> Mode:
+        self._is_first = False
         if not drafting:
             return Mode.OFF
-        for mode in drafting:
+        for mode in (Mode.OFF, *drafting):
             if not self._is_known(size, mode):
+                self._is_first = True
+                self._keep_to(mode)
                 return mode
         gains = {mode: self._gain_at(size, mode) + self._doubt(size, mode) for mode in drafting}
         gains[Mode.OFF] = _LEAST_GAIN * self._gain_at(size, Mode.OFF)
@@ -194,7 +208,30 @@ class Modes:
         elif self._num_steps[size] >= self._next_trial[size]:
             others = [mode for mode in gains if mode is not best]
             self._begin_trial(size, min(others, key=lambda mode: self._next_trials[size, mode]))
-        return best
+        return self._worth_switching(gains, best)
+
+    def _worth_switching(self, gains: dict[Mode, float], best: Mode) -> Mode:
+        """The best mode, or the second best until what that loses has come to what switching to the best one costs.
+
+        A batch that shrinks or grows for a while would else pay for each change, and get nothing for it. So no more
+        than twice the least possible is lost, however long the best mode stays it (the ski rental problem).
+        """
+        cost = self._last_switch_steps.get(best, 0.0)
+        if best is self._kept or cost <= 0.0:
+            self._keep_to(best)
+            return best
+        second = max((mode for mode in gains if mode is not best), key=gains.__getitem__)
+        self._loss_of_step = _loss(gains, second, best)
+        self._lost_steps += self._loss_of_step
+        if self._lost_steps >= cost:
+            self._keep_to(best)
+            return best
+        self._kept = second
+        return second
+
+    def _keep_to(self, mode: Mode) -> None:
+        self._kept = mode
+        self._loss_of_step = self._lost_steps = 0.0
 
     def _is_known(self, size: int, mode: Mode) -> bool:
         """Whether a mode is compared at this size: after its first steps, or as it loses with fewer requests.
@@ -203,14 +240,17 @@ class Modes:
         """
         if self._had_first_steps(size, mode):
             return True
+        if mode is Mode.OFF:
+            return False
         fewer = next((one for one in range(size - 1, 0, -1) if self._had_first_steps(one, mode)), None)
         return fewer is not None and self._gain_at(fewer, mode) < 1.0
 
     def _had_first_steps(self, size: int, mode: Mode) -> bool:
-        if self._num_taken[size, mode] >= _FIRST_PATIENCE * first_steps(size) + CATCH_UP_STEPS:
+        number = FIRST_PLAIN_STEPS if mode is Mode.OFF else first_steps(size)
+        if self._num_taken[size, mode] >= _FIRST_PATIENCE * number + CATCH_UP_STEPS:
             return True
         own = self._evidence.get((size, mode))
-        return own is not None and own.num_steps >= first_steps(size)
+        return own is not None and own.num_steps >= number
 
     def _gain_at(self, size: int, mode: Mode) -> float:
         """What is known of a mode at this size, or at one next to it; 1 if nothing is."""
@@ -223,12 +263,15 @@ class Modes:
         return 0.0 if own is None else _DOUBT / math.sqrt(own.num_steps << (size - 1))
 
     def _plan_trials(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
-        """All modes have had their first steps, which were trials too; fix when each is tried again."""
+        """All modes have had their first steps, which were trials too, or need none; fix when each is tried next."""
         for mode in gains:
             own = self._evidence.get((size, mode))
-            lost_steps = self._first_switch_steps[size, mode]
-            if own is not None and mode is not Mode.OFF:
-                lost_steps += _loss(gains, mode, best) * min(own.num_steps, first_steps(size))
+            num_steps = min(own.num_steps, first_steps(size)) if own is not None and mode is not Mode.OFF else 0
+            loss = _loss(gains, mode, best)
+            lost_steps = max(
+                loss * num_steps + self._first_switch_steps[size, mode],
+                loss * trial_steps(size) + self._last_switch_steps.get(mode, 0.0),
+            )
             self._fix_trial(size, mode, lost_steps / FIRST_TRIAL_COST_RATIO)
         self._fix_next_trial(size, gains, best)
 
@@ -242,6 +285,8 @@ class Modes:
         """Fix when its mode is tried again, and when the next one is."""
         mode, self._trial = self._trial, None
         assert mode is not None
+        if mode is best:
+            self._keep_to(mode)
         lost_steps = _loss(gains, mode, best) * self._trial_steps + self._trial_switch_steps
         self._fix_trial(size, mode, lost_steps / TRIAL_COST_RATIO)
         self._fix_next_trial(size, gains, best)
