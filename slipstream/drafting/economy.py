@@ -94,7 +94,7 @@ class Economy:
         self._costs = _NO_COSTS
         self._pace_share = self._drafted_tokens = 0.0
         self._is_observed = False
-        # Of tokens the same share comes at all sizes of the batch; time was measured of some sizes better than of others.
+        # Of tokens the same share comes at all sizes of the batch; the time of some sizes is less well known.
         self._tokens = {mode: Promise(_TOKENS_REMEMBERED) for mode in Mode}
         self._times: dict[tuple[Mode, int], Promise] = {}
 

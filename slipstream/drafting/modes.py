@@ -3,13 +3,15 @@
 The gain of a mode is what its steps gave: tokens over the number of plain steps that they took as long as. It is
 remembered per mode and size of the batch, to a factor of two. A step is taken in the mode with the largest gain, what
 few steps told being doubted in its favour: staying with a mode that gains next to nothing costs next to nothing, and
-tells. Speculation is off where no gain is much above that of plain steps. A size of the batch begins with a few plain
-steps, which all others are measured by. A mode is compared after steps enough to tell at the size at hand, or where it
-loses with fewer requests; else what is known of the next size only prices nodes. Now
-and then another mode is tried, because text, drafts and load change, and because what is known of it may have been bad
-luck: the less it seems to lose beside the best, the more often, such that trials of a mode cost a fixed small share of
-all time. While speculation is off, trials are all it costs; while it is on, a plain step now and then keeps what plain
-steps cost known.
+tells. Speculation is off where no gain is much above that of plain steps. What a switch costs, as a draft model has
+texts to read then, is not paid before the better mode would have paid for it.
+
+A size of the batch begins with a few plain steps, which all others are measured by. A mode is compared after steps
+enough to tell at the size at hand, or where it does not pay with fewer; else what is known of the next size only
+prices nodes. Now and then another mode is tried, because text, drafts and load change, and because what is known of it
+may have been bad luck: the less it seems to lose beside the best, the more often, such that trials of a mode cost a
+fixed small share of all time. While speculation is off, trials are all it costs; while it is on, a plain step now and
+then keeps what plain steps cost known.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ _FIRST_STEPS = 64
 
 _LEAST_FIRST_STEPS = 4
 
-FIRST_PLAIN_STEPS = 4
-"""Plain steps that a size of the batch begins with: what they take at start-up, alone, is not what they take in service."""
+_FIRST_PLAIN_STEPS, _LEAST_FIRST_PLAIN_STEPS = 4, 2
+"""Plain steps that a size of the batch begins with: at start-up, they did not take what they take in service.
+
+Fewer with more requests.
+"""
 
 _TRIAL_STEPS = 8
 """Steps of a trial with one request; fewer with more."""
@@ -117,7 +122,7 @@ class Modes:
         self._next_trials: dict[tuple[int, Mode], int] = {}
         self._first_switch_steps: defaultdict[tuple[int, Mode], float] = defaultdict(float)
         self._last_switch_steps: dict[Mode, float] = {}
-        # The mode that is kept to between trials, and what keeping to it loses: in every step, and since another is best.
+        # The mode that is kept to between trials, and what that loses: in every step, and since another one is best.
         self._kept = Mode.OFF
         self._loss_of_step = self._lost_steps = 0.0
         self._trial: Mode | None = None
@@ -234,19 +239,19 @@ class Modes:
         self._loss_of_step = self._lost_steps = 0.0
 
     def _is_known(self, size: int, mode: Mode) -> bool:
-        """Whether a mode is compared at this size: after its first steps, or as it loses with fewer requests.
+        """Whether a mode is compared at this size: after its first steps, or as it does not pay with fewer requests.
 
-        What loses with fewer rarely gains with more, so finding out is left to trials.
+        What does not pay with fewer rarely pays with more, so finding out is left to trials.
         """
         if self._had_first_steps(size, mode):
             return True
         if mode is Mode.OFF:
             return False
         fewer = next((one for one in range(size - 1, 0, -1) if self._had_first_steps(one, mode)), None)
-        return fewer is not None and self._gain_at(fewer, mode) < 1.0
+        return fewer is not None and self._gain_at(fewer, mode) < _LEAST_GAIN
 
     def _had_first_steps(self, size: int, mode: Mode) -> bool:
-        number = FIRST_PLAIN_STEPS if mode is Mode.OFF else first_steps(size)
+        number = first_plain_steps(size) if mode is Mode.OFF else first_steps(size)
         if self._num_taken[size, mode] >= _FIRST_PATIENCE * number + CATCH_UP_STEPS:
             return True
         own = self._evidence.get((size, mode))
@@ -320,6 +325,11 @@ def _loss(gains: dict[Mode, float], mode: Mode, best: Mode) -> float:
 def first_steps(size: int) -> int:
     """Steps of a mode before it is compared, for batches whose size has so many bits."""
     return max(_FIRST_STEPS >> (size - 1), _LEAST_FIRST_STEPS)
+
+
+def first_plain_steps(size: int) -> int:
+    """Plain steps that such batches begin with."""
+    return max(_FIRST_PLAIN_STEPS >> (size - 1), _LEAST_FIRST_PLAIN_STEPS)
 
 
 def trial_steps(size: int) -> int:

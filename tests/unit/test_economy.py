@@ -8,7 +8,7 @@ import torch
 
 from slipstream.drafting.drafter import Lesson, StepLoad
 from slipstream.drafting.economy import LARGEST_BAR, REST_STEPS, Economy, Promise, Took
-from slipstream.drafting.modes import CATCH_UP_STEPS, FIRST_PLAIN_STEPS, Mode, first_steps
+from slipstream.drafting.modes import CATCH_UP_STEPS, Mode, first_plain_steps, first_steps
 from slipstream.drafting.step_cost import MeasuredSteps, StepCost
 
 ROWS, CONTEXTS = (1, 2, 4, 8), (16,)
@@ -221,5 +221,6 @@ def test_it_rests_only_while_speculation_is_off_and_nothing_is_tried() -> None:
 def test_without_a_drafter_it_is_off_and_nothing_is_tried() -> None:
     one = economy()
     assert {one.choose(load(), has_floor=False, has_chain=False) for _ in range(2 * first_steps(1))} == {Mode.OFF}
-    chosen = [one.choose(load(), has_floor=True, has_chain=False) for _ in range(3 * FIRST_PLAIN_STEPS + CATCH_UP_STEPS)]
+    num_steps = 2 * first_plain_steps(1) + CATCH_UP_STEPS
+    chosen = [one.choose(load(), has_floor=True, has_chain=False) for _ in range(num_steps + 1)]
     assert chosen[-1] is Mode.FLOOR, "plain steps that tell nothing are not waited for"

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import pytest
 
 from slipstream.drafting.modes import (
-    FIRST_PLAIN_STEPS,
     FIRST_TRIAL_COST_RATIO,
     SHORTEST_INTERVAL,
     TRIAL_COST_RATIO,
     Mode,
     Modes,
+    first_plain_steps,
     first_steps,
     trial_steps,
 )
@@ -40,15 +40,15 @@ def begun() -> Modes:
     """One that knows what plain steps take, whatever the size of the batch."""
     modes = Modes()
     for num_requests in (1, 2, 4, 8, 16):
-        taken(modes, {}, num_steps=FIRST_PLAIN_STEPS, num_requests=num_requests)
+        taken(modes, {}, num_steps=first_plain_steps(num_requests.bit_length()), num_requests=num_requests)
     return modes
 
 
 def test_every_size_of_the_batch_begins_with_plain_steps() -> None:
     modes = Modes()
-    for num_requests in (1, 16):
-        chosen = taken(modes, {Mode.FLOOR: GOOD}, num_steps=FIRST_PLAIN_STEPS + 1, num_requests=num_requests)
-        assert chosen == [Mode.OFF] * FIRST_PLAIN_STEPS + [Mode.FLOOR]
+    for num_requests, num_plain in ((1, 4), (16, 2)):
+        chosen = taken(modes, {Mode.FLOOR: GOOD}, num_steps=num_plain + 1, num_requests=num_requests)
+        assert chosen == [Mode.OFF] * num_plain + [Mode.FLOOR]
         assert modes.is_trying
 
 
