@@ -30,7 +30,7 @@ _LARGEST_SURPRISE = 2.0
 """A pass counts as long as so many times what was expected of it, at most: the machine may have interrupted it."""
 
 _LONGEST_READING = 32.0
-"""A step counts as so many plain steps at most, also one in which a draft model reads texts, which nothing foresees."""
+"""A step in which a draft model reads texts, which nothing foresees, counts as so many plain steps at most."""
 
 _LITTLE_KNOWN = 0.14
 """Where less of an error is due to the pace, the size is new: every step of it counts."""
@@ -160,9 +160,9 @@ class Economy:
         is what trying the mode costs. Steps that read prompts, and those in which nobody could draft, are left out.
         Plain steps count without being asked about, as nearly all of them go while speculation is off.
         """
-        load, mode = self._load, self._mode
         if not self._is_typical:
             return
+        load, mode = self._load, self._mode
         step_s = took.step_s if mode is not Mode.OFF else took.step_s - took.spared_s
         if took.is_usual:
             self._overhead.observe(mode, load.num_choosing, step_s - took.pass_s)
@@ -171,6 +171,11 @@ class Economy:
                 num_rows=load.num_rows, max_nodes=0, context_tokens=load.context_tokens
             )
             self.expect(num_nodes=0, drafted_tokens=0.0)
+        if took.is_usual:
+            self._see_pass(took.pass_s)
+            plain_steps = self._expected_step_s() / self._plain_s
+        else:
+            plain_steps = min(step_s / self._plain_s, _LONGEST_READING)
         if not self._is_observed:
             self.step_cost.keep_pace(took.pass_s / self._expected_pass_s, pace_share=self._pace_share)
         tokens = self._tokens[mode]
@@ -182,31 +187,32 @@ class Economy:
         else:
             self._num_switch_steps = 0
             note = self.modes.note
-        plain_steps = self._usual_plain_steps(took.pass_s) if took.is_usual else step_s / self._plain_s
-        note(
-            mode,
-            num_requests=load.num_choosing,
-            num_tokens=num_tokens,
-            plain_steps=min(plain_steps, _LONGEST_READING),
-        )
+        note(mode, num_requests=load.num_choosing, num_tokens=num_tokens, plain_steps=plain_steps)
 
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
         self.modes.forget(mode)
+        self._overhead.forget(mode)
+        self._tokens[mode] = Promise(_TOKENS_REMEMBERED)
         self._num_switch_steps = CATCH_UP_STEPS
 
-    def _usual_plain_steps(self, pass_s: float) -> float:
-        """As how many plain steps a step counts whose pass took so long.
+    def _see_pass(self, pass_s: float) -> None:
+        """The pass took so long, beside what was expected of it."""
+        plain_steps = self._expected_pass_s / self._plain_s
+        surprise = min(pass_s / self._expected_pass_s, _LARGEST_SURPRISE)
+        self._times.setdefault(self._place, Promise(_PLAIN_STEPS_REMEMBERED)).observe(
+            plain_steps, surprise * plain_steps
+        )
 
-        That is what such a pass is expected to take, as far as time is kept: that the machine was slower just now is
-        not due to the mode.
-        """
-        mode, num_requests = self._mode, self._load.num_choosing
-        time = self._times.setdefault((mode, num_requests.bit_length()), Promise(_PLAIN_STEPS_REMEMBERED))
-        expected = self._expected_pass_s / self._plain_s
-        time.observe(expected, min(pass_s / self._expected_pass_s, _LARGEST_SURPRISE) * expected)
-        beside_s = self._overhead.expected_s(mode, num_requests)
-        return time.kept_share * expected + beside_s / self._plain_s
+    def _expected_step_s(self) -> float:
+        """What such a step takes in the long run: that the machine is slower just now is not due to the mode."""
+        beside_s = self._overhead.expected_s(self._mode, self._load.num_choosing)
+        return self._times[self._place].kept_share * self._expected_pass_s + beside_s
+
+    @property
+    def _place(self) -> tuple[Mode, int]:
+        """The mode and size of the batch of the step at hand."""
+        return self._mode, self._load.num_choosing.bit_length()
 
     def _plain_step_s(self, step_s: Float64) -> float:
         """What a step like this one takes without drafting."""

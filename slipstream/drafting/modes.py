@@ -19,12 +19,16 @@ from __future__ import annotations
 import enum
 import math
 from collections import Counter, defaultdict
+from typing import Any
 
 TRIAL_COST_RATIO = 0.003
 """What trials of one mode may cost, as a share of all steps."""
 
 FIRST_TRIAL_COST_RATIO = 0.01
-"""What its first steps, or the trial itself, may cost by the time of its first one: they may have been bad luck."""
+"""What a mode's first steps, or else its first trial, may cost by the time of that trial, as a share of all steps.
+
+They may have been bad luck.
+"""
 
 SHORTEST_INTERVAL = 48
 """Steps between two trials, at least."""
@@ -52,7 +56,13 @@ _LONGEST_TRIAL_RATIO = 4
 """A trial that does better than the best mode goes on, up to so many times as long."""
 
 CATCH_UP_STEPS = 8
-"""A draft model may have to catch up with texts first: so many steps after a switch may tell nothing."""
+"""A draft model may have to catch up with texts first: so many steps after a switch may tell nothing.
+
+One that drafted within so many steps has next to nothing to catch up with.
+"""
+
+_SWITCH_COST_KEPT = 0.8
+"""What a costly switch still counts for after each cheaper one."""
 
 _FIRST_PATIENCE = 2
 """A mode that told too little in so many times its first steps, catching up apart, is compared all the same."""
@@ -121,11 +131,14 @@ class Modes:
         self._next_trial: dict[int, int] = {}
         self._next_trials: dict[tuple[int, Mode], int] = {}
         self._first_switch_steps: defaultdict[tuple[int, Mode], float] = defaultdict(float)
-        self._last_switch_steps: dict[Mode, float] = {}
-        # The mode that is kept to between trials, and what that loses: in every step, and since another one is best.
-        self._kept = Mode.OFF
-        self._loss_of_step = self._lost_steps = 0.0
+        # What a switch to a mode costs, in plain steps of the size of the batch at hand; what waiting for one loses in
+        # every step, and has lost; and steps of all sizes, with that of the last one in each mode.
+        self._switch_costs: dict[Mode, float] = {}
+        self._waiting_loss = self._waiting_cost = 0.0
+        self._clock = 0
+        self._last_taken: dict[Mode, int] = {}
         self._trial: Mode | None = None
+        self._trial_size = 0
         self._trial_evidence = _Evidence()
         self._trial_steps = 0
         self._trial_switch_steps = 0.0
@@ -135,17 +148,20 @@ class Modes:
         """The mode of the coming step. Which drafters there are changes with `forget` alone."""
         size = num_requests.bit_length()
         self._num_steps[size] += 1
+        self._clock += 1
         drafting = [Mode.FLOOR] * has_floor + [Mode.CHAIN] * has_chain
         mode = self._chosen(size, drafting)
         self.counts[mode] += 1
         self._num_taken[size, mode] += 1
+        self._last_taken[mode] = self._clock
         return mode
 
     def rest(self, num_requests: int, num_steps: int) -> None:
         """So many more steps are plain without being asked about."""
         self._num_steps[num_requests.bit_length()] += num_steps
         self.counts[Mode.OFF] += num_steps
-        self._lost_steps += num_steps * self._loss_of_step
+        self._clock += num_steps
+        self._waiting_cost += num_steps * self._waiting_loss
 
     def note(self, mode: Mode, *, num_requests: int, num_tokens: float, plain_steps: float) -> None:
         """What a step gave all requests together, and as how many plain steps of theirs it took.
@@ -167,7 +183,7 @@ class Modes:
         size = num_requests.bit_length()
         best_gain = max(self._gain_at(size, one) for one in Mode)
         lost_steps = plain_steps - num_tokens / num_requests / best_gain
-        self._last_switch_steps[mode] = lost_steps
+        self._switch_costs[mode] = max(lost_steps, _SWITCH_COST_KEPT * self._switch_costs.get(mode, 0.0))
         if mode is self._trial:
             self._trial_switch_steps += lost_steps
         elif not self._is_known(size, mode):
@@ -184,10 +200,11 @@ class Modes:
 
     def forget(self, mode: Mode) -> None:
         """Begin anew with a mode: its drafter was replaced."""
-        for key in [key for key in self._num_taken if key[1] is mode]:
-            del self._num_taken[key]
-            self._first_switch_steps.pop(key, None)
-            self._evidence.pop(key, None)
+        known: tuple[dict[tuple[int, Mode], Any], ...] = self._num_taken, self._first_switch_steps, self._evidence
+        for one in known:
+            for key in [key for key in one if key[1] is mode]:
+                del one[key]
+        self._switch_costs.pop(mode, None)
         self._next_trials.clear()
         self._next_trial.clear()
         self._trial = None
@@ -199,44 +216,36 @@ class Modes:
         for mode in (Mode.OFF, *drafting):
             if not self._is_known(size, mode):
                 self._is_first = True
-                self._keep_to(mode)
                 return mode
         gains = {mode: self._gain_at(size, mode) + self._doubt(size, mode) for mode in drafting}
         gains[Mode.OFF] = _LEAST_GAIN * self._gain_at(size, Mode.OFF)
         best = max(gains, key=gains.__getitem__)
+        if self._trial is not None:
+            if self._trial in gains and self._goes_on(self._trial, best_gain=gains[best]):
+                return self._trial
+            self._end_trial(gains, best)
         if size not in self._next_trial:
             self._plan_trials(size, gains, best)
-        if self._trial is not None:
-            if self._trial in gains and self._goes_on(size, self._trial, best_gain=gains[best]):
-                return self._trial
-            self._end_trial(size, gains, best)
-        elif self._num_steps[size] >= self._next_trial[size]:
-            others = [mode for mode in gains if mode is not best]
-            self._begin_trial(size, min(others, key=lambda mode: self._next_trials[size, mode]))
-        return self._worth_switching(gains, best)
+        chosen = self._worth_switching(gains, best)
+        if self._num_steps[size] >= self._next_trial[size]:
+            self._begin_trial_if_due(size, [mode for mode in gains if mode is not chosen])
+        return chosen
 
     def _worth_switching(self, gains: dict[Mode, float], best: Mode) -> Mode:
-        """The best mode, or the second best until what that loses has come to what switching to the best one costs.
+        """The best mode, or the second best until that has lost as much as a switch to the best one costs.
 
-        A batch that shrinks or grows for a while would else pay for each change, and get nothing for it. So no more
-        than twice the least possible is lost, however long the best mode stays it (the ski rental problem).
+        A batch that shrinks or grows for a while would else pay for each change, and get nothing for it. However long
+        the best mode stays it, no more than twice the least possible is lost by then (the ski rental problem).
         """
-        cost = self._last_switch_steps.get(best, 0.0)
-        if best is self._kept or cost <= 0.0:
-            self._keep_to(best)
-            return best
-        second = max((mode for mode in gains if mode is not best), key=gains.__getitem__)
-        self._loss_of_step = _loss(gains, second, best)
-        self._lost_steps += self._loss_of_step
-        if self._lost_steps >= cost:
-            self._keep_to(best)
-            return best
-        self._kept = second
-        return second
-
-    def _keep_to(self, mode: Mode) -> None:
-        self._kept = mode
-        self._loss_of_step = self._lost_steps = 0.0
+        cost = self._switch_costs.get(best, 0.0)
+        is_level = self._clock - self._last_taken.get(best, -CATCH_UP_STEPS) <= CATCH_UP_STEPS
+        if not is_level and self._waiting_cost < cost:
+            second = max((mode for mode in gains if mode is not best), key=gains.__getitem__)
+            self._waiting_loss = _loss(gains, second, best)
+            self._waiting_cost += self._waiting_loss
+            return second
+        self._waiting_loss = self._waiting_cost = 0.0
+        return best
 
     def _is_known(self, size: int, mode: Mode) -> bool:
         """Whether a mode is compared at this size: after its first steps, or as it does not pay with fewer requests.
@@ -248,7 +257,7 @@ class Modes:
         if mode is Mode.OFF:
             return False
         fewer = next((one for one in range(size - 1, 0, -1) if self._had_first_steps(one, mode)), None)
-        return fewer is not None and self._gain_at(fewer, mode) < _LEAST_GAIN
+        return fewer is not None and self._gain_at(fewer, mode) < _LEAST_GAIN * self._gain_at(fewer, Mode.OFF)
 
     def _had_first_steps(self, size: int, mode: Mode) -> bool:
         number = first_plain_steps(size) if mode is Mode.OFF else first_steps(size)
@@ -275,46 +284,47 @@ class Modes:
             loss = _loss(gains, mode, best)
             lost_steps = max(
                 loss * num_steps + self._first_switch_steps[size, mode],
-                loss * trial_steps(size) + self._last_switch_steps.get(mode, 0.0),
+                loss * trial_steps(size, mode) + self._switch_costs.get(mode, 0.0),
             )
             self._fix_trial(size, mode, lost_steps / FIRST_TRIAL_COST_RATIO)
-        self._fix_next_trial(size, gains, best)
+        self._fix_next_trial(size, [mode for mode in gains if mode is not best])
 
-    def _begin_trial(self, size: int, mode: Mode) -> None:
-        self._trial, self._trial_evidence = mode, _Evidence()
+    def _begin_trial_if_due(self, size: int, others: list[Mode]) -> None:
+        mode = min(others, key=lambda mode: self._next_trials[size, mode])
+        if self._num_steps[size] < self._next_trials[size, mode]:  # another one is in use than when that was planned
+            self._fix_next_trial(size, others)
+            return
+        self._trial, self._trial_size, self._trial_evidence = mode, size, _Evidence()
         self._trial_steps, self._trial_switch_steps = 0, 0.0
         if (size, mode) in self._evidence:
-            self._evidence[size, mode].let_fade(_STALE_RATIO * trial_steps(size))
+            self._evidence[size, mode].let_fade(_STALE_RATIO * trial_steps(size, mode))
 
-    def _end_trial(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
+    def _end_trial(self, gains: dict[Mode, float], best: Mode) -> None:
         """Fix when its mode is tried again, and when the next one is."""
-        mode, self._trial = self._trial, None
+        mode, size, self._trial = self._trial, self._trial_size, None
         assert mode is not None
-        if mode is best:
-            self._keep_to(mode)
         lost_steps = _loss(gains, mode, best) * self._trial_steps + self._trial_switch_steps
         self._fix_trial(size, mode, lost_steps / TRIAL_COST_RATIO)
-        self._fix_next_trial(size, gains, best)
+        self._fix_next_trial(size, [one for one in gains if one is not best])
 
     def _fix_trial(self, size: int, mode: Mode, interval: float) -> None:
         bounded = min(max(interval, SHORTEST_INTERVAL), _LONGEST_INTERVAL)
         due = self._num_steps[size] + int(bounded)
         self._next_trials[size, mode] = max(due, self._next_trials.get((size, mode), 0))
 
-    def _fix_next_trial(self, size: int, gains: dict[Mode, float], best: Mode) -> None:
-        now = self._num_steps[size]
-        others = (self._next_trials[size, one] for one in gains if one is not best)
-        self._next_trial[size] = max(min(others), now + SHORTEST_INTERVAL)
+    def _fix_next_trial(self, size: int, others: list[Mode]) -> None:
+        soonest = min(self._next_trials.get((size, mode), 0) for mode in others)
+        self._next_trial[size] = max(soonest, self._num_steps[size] + SHORTEST_INTERVAL)
 
-    def _goes_on(self, size: int, trial: Mode, *, best_gain: float) -> bool:
+    def _goes_on(self, trial: Mode, *, best_gain: float) -> bool:
         """Whether a trial has another step."""
         self._trial_steps += 1
+        number, tried = trial_steps(self._trial_size, trial), self._trial_evidence
         if trial is Mode.OFF:
-            return self._trial_steps <= 1
-        tried = self._trial_evidence
-        if tried.num_steps < trial_steps(size):
-            return self._trial_steps <= trial_steps(size) + CATCH_UP_STEPS
-        return tried.gain > best_gain and self._trial_steps <= _LONGEST_TRIAL_RATIO * trial_steps(size)
+            return self._trial_steps <= number
+        if tried.num_steps < number:
+            return self._trial_steps <= number + CATCH_UP_STEPS
+        return tried.gain > best_gain and self._trial_steps <= _LONGEST_TRIAL_RATIO * number
 
 
 def _loss(gains: dict[Mode, float], mode: Mode, best: Mode) -> float:
@@ -332,9 +342,9 @@ def first_plain_steps(size: int) -> int:
     return max(_FIRST_PLAIN_STEPS >> (size - 1), _LEAST_FIRST_PLAIN_STEPS)
 
 
-def trial_steps(size: int) -> int:
-    """Steps of a trial that finds nothing, for batches whose size has so many bits."""
-    return max(_TRIAL_STEPS >> (size - 1), _LEAST_TRIAL_STEPS)
+def trial_steps(size: int, mode: Mode) -> int:
+    """Steps of a trial of a mode that finds nothing, for batches whose size has so many bits."""
+    return 1 if mode is Mode.OFF else max(_TRIAL_STEPS >> (size - 1), _LEAST_TRIAL_STEPS)
 
 
 def _near(size: int) -> tuple[int, int, int]:

@@ -31,6 +31,13 @@ class Overhead:
         """A step took so long beside its pass."""
         key = mode, num_requests.bit_length()
         number, mean_s = self._means_s.get(key, (0, seconds))
+        if number == 1:  # the first one may have been interrupted as well
+            mean_s = min(mean_s, _LARGEST_RATIO * seconds)
         share = max(_NEWEST_SHARE, 1 / (number + 1))
         newest_s = min(seconds, _LARGEST_RATIO * mean_s)
         self._means_s[key] = number + 1, mean_s + share * (newest_s - mean_s)
+
+    def forget(self, mode: Mode) -> None:
+        """Begin anew with a mode."""
+        for key in [key for key in self._means_s if key[0] is mode]:
+            del self._means_s[key]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from slipstream.drafting.modes import (
+    CATCH_UP_STEPS,
     FIRST_TRIAL_COST_RATIO,
     SHORTEST_INTERVAL,
     TRIAL_COST_RATIO,
@@ -77,9 +78,10 @@ def test_steps_that_nobody_asks_about_bring_the_next_trial_nearer() -> None:
     chosen = taken(modes, {Mode.FLOOR: BAD}, num_steps=first_steps(1) + 2)
     assert chosen[-1] is Mode.OFF
     assert not modes.is_trying
+    num_off = modes.counts[Mode.OFF]
     num_rested = int(first_steps(1) / FIRST_TRIAL_COST_RATIO)
     modes.rest(1, num_rested)
-    assert modes.counts[Mode.OFF] == begun().counts[Mode.OFF] + chosen.count(Mode.OFF) + num_rested
+    assert modes.counts[Mode.OFF] == num_off + num_rested
     taken(modes, {Mode.FLOOR: BAD}, num_steps=1)
     assert modes.is_trying
 
@@ -157,8 +159,8 @@ def test_a_trial_that_does_better_goes_on_until_it_has_convinced() -> None:
     taken(modes, {Mode.FLOOR: BAD, Mode.CHAIN: 1.2}, num_steps=2 * first_steps(1))
     chosen = taken(modes, {Mode.FLOOR: GOOD, Mode.CHAIN: 1.2}, num_steps=6_000)
     first = chosen.index(Mode.FLOOR)
-    assert chosen[first : first + trial_steps(1) + 1] == [Mode.FLOOR] * (trial_steps(1) + 1)
-    assert chosen[first : first + 4 * trial_steps(1)].count(Mode.FLOOR) > trial_steps(1)
+    assert chosen[first : first + trial_steps(1, Mode.FLOOR) + 1] == [Mode.FLOOR] * (trial_steps(1, Mode.FLOOR) + 1)
+    assert chosen[first : first + 4 * trial_steps(1, Mode.FLOOR)].count(Mode.FLOOR) > trial_steps(1, Mode.FLOOR)
     assert chosen[-1] is Mode.FLOOR
 
 
@@ -257,6 +259,7 @@ def num_switches(*, cost: float, num_alone: int, num_rounds: int) -> int:
     few, many = {Mode.CHAIN: GOOD}, {Mode.CHAIN: BAD}
     taken(modes, few, num_steps=first_steps(1))
     taken(modes, many, num_steps=first_steps(5) + 1, num_requests=16)
+    taken(modes, {}, num_steps=CATCH_UP_STEPS, num_requests=16)
     modes.note_switch(Mode.CHAIN, num_requests=1, num_tokens=0.0, plain_steps=cost)
     number = 0
     for _ in range(num_rounds):
@@ -272,17 +275,77 @@ def test_a_batch_that_shrinks_for_a_while_does_not_pay_for_a_switch_each_time() 
     assert num_switches(cost=8.5, num_alone=60, num_rounds=10) == 10
 
 
-def test_what_gains_for_long_is_switched_to_once_it_would_have_paid() -> None:
+def waiting(*, cost: float, gain: float = GOOD) -> Modes:
+    """One in which the draft model gains for one request, and has not drafted for long."""
     modes = begun()
-    taken(modes, {Mode.CHAIN: GOOD}, num_steps=first_steps(1))
-    taken(modes, {Mode.CHAIN: BAD}, num_steps=first_steps(5) + 1, num_requests=16)
-    modes.note_switch(Mode.CHAIN, num_requests=1, num_tokens=0.0, plain_steps=8.5)
-    modes.rest(16, 100)
-    chosen = taken(modes, {Mode.CHAIN: GOOD}, num_steps=40)
+    taken(modes, {Mode.CHAIN: gain}, num_steps=2 * first_steps(1))
+    taken(modes, {}, num_steps=100, num_requests=16)
+    modes.note_switch(Mode.CHAIN, num_requests=1, num_tokens=0.0, plain_steps=cost)
+    return modes
+
+
+def test_what_gains_for_long_is_switched_to_once_it_would_have_paid() -> None:
+    chosen = taken(waiting(cost=8.5), {Mode.CHAIN: GOOD}, num_steps=40)
     num_off = chosen.index(Mode.CHAIN)
     assert 22 <= num_off <= 27, "each of them loses a third"
     assert chosen[num_off:] == [Mode.CHAIN] * (40 - num_off)
 
 
+def test_steps_that_nobody_asks_about_bring_a_switch_nearer() -> None:
+    modes = waiting(cost=8.5)
+    assert taken(modes, {Mode.CHAIN: GOOD}, num_steps=1) == [Mode.OFF]
+    modes.rest(1, 25)
+    assert taken(modes, {Mode.CHAIN: GOOD}, num_steps=1) == [Mode.CHAIN]
+
+
+def test_what_drafted_a_few_steps_ago_has_nothing_to_catch_up_with() -> None:
+    modes = begun()
+    modes.note_switch(Mode.CHAIN, num_requests=1, num_tokens=0.0, plain_steps=8.5)
+    assert taken(modes, {Mode.CHAIN: GOOD}, num_steps=first_steps(1) + 1)[-1] is Mode.CHAIN, "after its first steps"
+    taken(modes, {}, num_steps=CATCH_UP_STEPS - 1)
+    assert taken(modes, {Mode.CHAIN: GOOD}, num_steps=1) == [Mode.CHAIN], "after a few steps without it"
+    taken(modes, {}, num_steps=CATCH_UP_STEPS)
+    assert taken(modes, {Mode.CHAIN: GOOD}, num_steps=1) == [Mode.OFF]
+
+
+def test_a_mode_that_is_waited_for_is_tried_meanwhile() -> None:
+    modes = waiting(cost=8.5, gain=1.06)
+    chosen = taken(modes, {Mode.CHAIN: GOOD}, num_steps=3_000)
+    assert Mode.CHAIN in chosen[:2_000], "before doing without it has cost as much, as it gains 0.04 that are known of"
+    assert chosen[-1] is Mode.CHAIN
+
+
+def test_a_cheap_switch_hardly_makes_the_costly_one_forgotten() -> None:
+    modes = waiting(cost=8.5)
+    modes.note_switch(Mode.CHAIN, num_requests=1, num_tokens=0.0, plain_steps=0.1)
+    assert taken(modes, {Mode.CHAIN: GOOD}, num_steps=15) == [Mode.OFF] * 15
+
+
+def test_what_does_not_pay_with_fewer_requests_waits_until_a_trial_is_a_hundredth_of_all_steps() -> None:
+    for cost in (0.0, 5.0):
+        modes = begun()
+        taken(modes, {Mode.CHAIN: 1.0}, num_steps=2 * first_steps(2), num_requests=2)
+        modes.note_switch(Mode.CHAIN, num_requests=2, num_tokens=0.0, plain_steps=cost)
+        chosen = taken(modes, {Mode.CHAIN: 1.0}, num_steps=700, num_requests=16)
+        assert chosen.index(Mode.CHAIN) >= max(cost / FIRST_TRIAL_COST_RATIO, SHORTEST_INTERVAL)
+
+
+def test_plain_steps_are_tried_soon_as_one_costs_little() -> None:
+    chosen = taken(begun(), {Mode.FLOOR: GOOD}, num_steps=2 * first_steps(1) + SHORTEST_INTERVAL)
+    assert Mode.OFF in chosen
+
+
+def test_a_trial_that_ends_at_another_size_is_over_at_its_own() -> None:
+    modes = begun()
+    for num_requests in (1, 2):
+        taken(modes, {Mode.FLOOR: BAD}, num_steps=first_steps(1) + 1, num_requests=num_requests)
+    modes.rest(1, 4_096)
+    while not modes.is_trying:
+        taken(modes, {Mode.FLOOR: BAD}, num_steps=1)
+    taken(modes, {Mode.FLOOR: BAD}, num_steps=20, num_requests=2)
+    assert not modes.is_trying
+    assert taken(modes, {Mode.FLOOR: BAD}, num_steps=SHORTEST_INTERVAL) == [Mode.OFF] * SHORTEST_INTERVAL
+
+
 def test_without_any_drafter_speculation_is_off() -> None:
-    assert taken(begun(), {}, num_steps=3) == [Mode.OFF] * 3
+    assert taken(Modes(), {}, num_steps=3) == [Mode.OFF] * 3

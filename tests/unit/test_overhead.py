@@ -33,3 +33,19 @@ def test_one_interrupted_step_says_little() -> None:
         overhead.observe(Mode.OFF, 1, 0.001)
     overhead.observe(Mode.OFF, 1, 10.0)
     assert overhead.expected_s(Mode.OFF, 1) <= 0.0011 + 1e-9
+
+
+def test_an_interrupted_first_step_is_not_the_yardstick() -> None:
+    overhead = Overhead()
+    for seconds in (1.0, 0.001, 0.001):
+        overhead.observe(Mode.OFF, 1, seconds)
+    assert overhead.expected_s(Mode.OFF, 1) < 0.002
+
+
+def test_a_mode_begins_anew() -> None:
+    overhead = Overhead()
+    for mode in (Mode.OFF, Mode.CHAIN):
+        overhead.observe(mode, 1, 0.002)
+    overhead.forget(Mode.CHAIN)
+    assert overhead.expected_s(Mode.OFF, 1) == 0.002
+    assert overhead.expected_s(Mode.CHAIN, 1) == Overhead().expected_s(Mode.CHAIN, 1)
