@@ -10,6 +10,7 @@ expected to give in the time they were expected to take, both as far as such pro
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ class Economy:
         self._is_observed = False
         # Of tokens the same share comes at all sizes of the batch; the time of some sizes is less well known.
         self._tokens = {mode: Promise(_TOKENS_REMEMBERED) for mode in Mode}
-        self._times: dict[tuple[Mode, int], Promise] = {}
+        self._times = defaultdict[tuple[Mode, int], Promise](lambda: Promise(_PLAIN_STEPS_REMEMBERED))
 
     def choose(self, load: StepLoad, *, has_floor: bool, has_chain: bool) -> Mode:
         """The mode of the coming step."""
@@ -200,9 +201,7 @@ class Economy:
         """The pass took so long, beside what was expected of it."""
         plain_steps = self._expected_pass_s / self._plain_s
         surprise = min(pass_s / self._expected_pass_s, _LARGEST_SURPRISE)
-        self._times.setdefault(self._place, Promise(_PLAIN_STEPS_REMEMBERED)).observe(
-            plain_steps, surprise * plain_steps
-        )
+        self._times[self._place].observe(plain_steps, surprise * plain_steps)
 
     def _expected_step_s(self) -> float:
         """What such a step takes in the long run: that the machine is slower just now is not due to the mode."""

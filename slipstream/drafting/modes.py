@@ -313,7 +313,7 @@ class Modes:
         self._next_trials[size, mode] = max(due, self._next_trials.get((size, mode), 0))
 
     def _fix_next_trial(self, size: int, others: list[Mode]) -> None:
-        soonest = min(self._next_trials.get((size, mode), 0) for mode in others)
+        soonest = min(self._next_trials[size, mode] for mode in others)
         self._next_trial[size] = max(soonest, self._num_steps[size] + SHORTEST_INTERVAL)
 
     def _goes_on(self, trial: Mode, *, best_gain: float) -> bool:
