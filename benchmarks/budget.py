@@ -17,16 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.drafting.budget import DrawnNodes, choose_nodes
-from slipstream.drafting.chain import no_chains
 from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.step_cost import ExpertUnion, MeasuredSteps, StepCost
 from slipstream.drafting.survival import NodeFeatures, SurvivalModel, Trials, along_paths
 from slipstream.drafting.tree import ROOT
 from slipstream_kernels.lookup import OutputPool, SuffixAutomaton
-from slipstream_kernels.merging import DRAFTERS, Asked, Estimates, Merger, Price
+from slipstream_kernels.merging import DRAFTERS, Estimates, Merger, Price, Wanted
 from slipstream_kernels.recycling import DEFAULT_RULE
-from slipstream_kernels.sampling import row_bytes, sample_rows, stop_tokens
+from slipstream_kernels.sampling import row_bytes
 
 REPEATS = 500
 CONTEXT_TOKENS = 300
@@ -133,22 +132,16 @@ def _compiled(
     step_s = 0.004 + 1e-4 * np.arange(num_requests * nodes_each + 1.0)
     texts_BT = rng.integers(0, VOCAB, (num_requests, 100)).astype(np.int32)
 
-    def asked(num_nodes: int, new_BT: NDArray[np.int32]) -> Asked:
-        limits = [(0, int(text[-1]), num_nodes, 8) for text in new_BT]
-        return Asked(
-            np.arange(num_requests, dtype=np.int32),
-            new_BT.ravel(),
-            np.cumsum([len(text) for text in new_BT], dtype=np.int32),
-            sample_rows([row_bytes(seed=1, temperature=0.0)] * num_requests, [100] * num_requests),
-            np.array(limits, np.int32),
-            np.zeros(num_requests, np.uint64),
-            stop_tokens(((0,),) * num_requests),
-            no_chains(num_requests),
-        )
+    def wanted(num_nodes: int, new_BT: NDArray[np.int32]) -> list[Wanted]:
+        draw = row_bytes(seed=1, temperature=0.0, position=100)
+        return [
+            Wanted(slot, new_ids, new_ids[-1], draw, num_nodes, 8, matrix=0, stop_ids=(0,))
+            for slot, new_ids in enumerate(new_BT.tolist())
+        ]
 
     price = Price(step_s, TOKEN_RATE, num_requests)
-    merger.grow(asked(nodes_each, texts_BT), matrices, price)
-    next_step, without_nodes = asked(nodes_each, texts_BT[:, :2]), asked(0, texts_BT[:, :2])
+    merger.grow(wanted(nodes_each, texts_BT), matrices, price)
+    next_step, without_nodes = wanted(nodes_each, texts_BT[:, :2]), wanted(0, texts_BT[:, :2])
     yield "compiled: look up, grow, judge, choose", lambda: merger.grow(next_step, matrices, price)
     yield "compiled: the same without nodes", lambda: merger.grow(without_nodes, matrices, price)
 

@@ -20,18 +20,19 @@ verified or not, since the target's token is known there.
 from __future__ import annotations
 
 import ctypes
+import struct
 import weakref
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, Protocol
+from array import array
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slipstream_kernels.address import address_of
 from slipstream_kernels.adjacency import WIDTH, Adjacency
-from slipstream_kernels.isa import function, instruction_set
+from slipstream_kernels.isa import instruction_set, typed
 from slipstream_kernels.recycling import GrowthRule
-from slipstream_kernels.sampling import SampleRows, StopTokens
 
 DRAFTERS = ("chain", "recycling", "lookup", "pool")
 """Whose candidates are told apart."""
@@ -86,23 +87,26 @@ class Chains(NamedTuple):
     lengths_B: Int32
 
 
-class Asked(NamedTuple):
-    """Trees that B requests want.
+NO_MATRIX = -1
 
-    `slots_B` tells them apart between calls, `new_ids` are the tokens that their texts went on with since the last one,
-    those of request b ending before `new_ends_B[b]`. `draws_B` are `sampling.sample_rows` at the first drafted token.
-    A line of `limits_B4` is (which matrix, -1 for none; root token; nodes; depth). `scopes_B` uint64 says whose past
-    outputs a request may find, `stops` what ends its output.
+
+class Wanted(NamedTuple):
+    """The tree that a request wants.
+
+    `slot` tells requests apart between calls; the text went on with `new_ids` since the last one, and ends with `root`.
+    `draw` is `sampling.row_bytes` at the position of the first drafted token, `matrix` which of the matrices to draft
+    from. `scope` says whose past outputs the request may find, `stop_ids` what ends its output.
     """
 
-    slots_B: Int32
-    new_ids: Int32
-    new_ends_B: Int32
-    draws_B: SampleRows
-    limits_B4: Int32
-    scopes_B: NDArray[np.uint64]
-    stops: StopTokens
-    chains: Chains
+    slot: int
+    new_ids: Sequence[int]
+    root: int
+    draw: bytes
+    max_nodes: int
+    max_depth: int
+    matrix: int = NO_MATRIX
+    scope: int = 0
+    stop_ids: Sequence[int] = ()
 
 
 class Price(NamedTuple):
@@ -132,49 +136,30 @@ class Merged(NamedTuple):
     num_judged: int
 
 
-_ADDRESS, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int32, ctypes.c_double
+_ADDRESS, _INT, _BYTES = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
 
-_NUMBERS = (
-    "num_requests",
-    "num_choosing",
-    "num_matrices",
-    "id_bytes",
-    "vocab_size",
-    "chain_width",
-    "max_step_nodes",
-    "drafters",
-)
-_ADDRESSES = (
-    "slots",
-    "draws",
-    "limits",
-    "scopes",
-    "new_tokens",
-    "new_ends",
-    "chain_tokens",
-    "chain_lengths",
-    "chain_scores",
-    "matrix_ids",
-    "matrix_logprobs",
-    "stop_ids",
-    "stop_ends",
-    "rule",
-    "cells",
-    "merged",
-    "step_s",
-    "tokens",
-    "parents",
-    "ends",
-    "figures",
+# A step's requests, matrices and the rest of it are packed into bytes at once: behind a pass of the target every first
+# look at something costs misses of all caches, and setting thirty fields took longer than growing the trees.
+_REQUEST = struct.Struct("<48sQ7i4x")
+_MATRIX = struct.Struct("<2Q")
+_STEP = struct.Struct("<5Q2d6i")
+
+_compiled = typed(
+    {
+        "merger_new": (_ADDRESS, (_INT, ctypes.c_int64)),
+        "merger_free": (None, (_ADDRESS,)),
+        "merger_grow": (_INT, (_ADDRESS, _ADDRESS, _BYTES, _BYTES, _BYTES)),
+        "merger_end": (ctypes.c_int64, (_ADDRESS, _ADDRESS, _INT, _ADDRESS, _INT)),
+        "merger_release": (None, (_ADDRESS, _INT)),
+        "merger_keep": (None, (_ADDRESS, ctypes.c_uint64, _ADDRESS, _INT)),
+    }
 )
 
 
 class _Plan(ctypes.Structure):
     _fields_ = [
-        *((name, _INT) for name in _NUMBERS),
-        ("token_rate", _DOUBLE),
-        ("min_survival", _DOUBLE),
-        *((name, _ADDRESS) for name in _ADDRESSES),
+        *((name, _INT) for name in ("vocab_size", "drafters")),
+        *((name, _ADDRESS) for name in ("rule", "cells", "merged", "tokens", "parents", "ends", "figures")),
     ]
 
 
@@ -208,12 +193,12 @@ class Merger:
         rule: GrowthRule,
         drafters: Collection[str] = DRAFTERS,
     ) -> None:
-        self._handle = self._function("merger_new", _ADDRESS)(_INT(num_slots), ctypes.c_int64(pool_tokens))
-        weakref.finalize(self, self._function("merger_free"), _ADDRESS(self._handle))
-        self._grow = self._function("merger_grow", _INT)
-        self._end = self._function("merger_end", ctypes.c_int64)
-        self._release = self._function("merger_release")
-        self._keep = self._function("merger_keep")
+        isa = instruction_set()
+        self._handle = _compiled("merger_new", isa)(num_slots, pool_tokens)
+        weakref.finalize(self, _compiled("merger_free", isa), self._handle)
+        self._grow, self._end, self._release, self._keep = (
+            _compiled(f"merger_{name}", isa) for name in ("grow", "end", "release", "keep")
+        )
         self._vocab_size = vocab_size
         self._tokens, self._parents = np.empty((2, max(num_slots * max_nodes, 1)), np.int32)
         self._ends = np.empty(num_slots, np.int32)
@@ -222,8 +207,8 @@ class Merger:
         cells = [_cells_of(one) for one in (*greedy.cells, *sampled.cells)]
         self._cells = (_Cells * len(cells))(*cells)
         self._merged = (_MergedWeights * 2)(*(_weights_of(one.merged) for one in self._kept_alive))
-        self._rule = (_DOUBLE * (len(rule) - 1 + WIDTH))(*rule[:-1], *rule.rank_probs)
-        self._plan = _Plan(
+        self._rule = (ctypes.c_double * (len(rule) - 1 + WIDTH))(*rule[:-1], *rule.rank_probs)
+        self._plan = plan = _Plan(
             vocab_size=vocab_size,
             drafters=sum(1 << place for place, name in enumerate(DRAFTERS) if name in drafters),
             rule=ctypes.addressof(self._rule),
@@ -234,45 +219,46 @@ class Merger:
             ends=address_of(self._ends),
             figures=address_of(self._figures),
         )
+        self._plan_address = ctypes.addressof(plan)
 
-    def _function(self, name: str, result: Any = None) -> Callable[..., Any]:
-        found = function(name, instruction_set())
-        found.restype = result
-        return found  # type: ignore[no-any-return]
+    def grow(
+        self, wanted: Sequence[Wanted], matrices: Sequence[Adjacency], price: Price, *, chains: Chains | None = None
+    ) -> Merged:
+        """A tree for each request, from its chain among others; what it returns is overwritten by the next call.
 
-    def grow(self, asked: Asked, matrices: Sequence[Adjacency], price: Price) -> Merged:
-        """A tree for each request; what it returns is overwritten by the next call.
-
-        Raises ValueError for a root that is no token of the vocabulary.
+        Raises ValueError for a root that is no token of the vocabulary, or a matrix that is not there.
         """
-        plan, chains = self._plan, asked.chains
-        plan.num_requests, plan.num_choosing = len(asked.slots_B), price.num_choosing
-        plan.num_matrices = len(matrices)
-        plan.id_bytes = matrices[0].ids_VN.itemsize if matrices else 0
-        plan.chain_width = chains.token_ids_BSR.shape[1]
-        plan.max_step_nodes = len(price.step_s) - 1
-        plan.token_rate, plan.min_survival = price.token_rate, price.min_survival
-        plan.slots, plan.draws = address_of(asked.slots_B), address_of(asked.draws_B)
-        plan.limits, plan.scopes = address_of(asked.limits_B4), address_of(asked.scopes_B)
-        plan.new_tokens, plan.new_ends = address_of(asked.new_ids), address_of(asked.new_ends_B)
-        plan.chain_tokens, plan.chain_lengths = address_of(chains.token_ids_BSR), address_of(chains.lengths_B)
-        plan.chain_scores = address_of(chains.scores_BSR)
-        plan.stop_ids, plan.stop_ends = map(address_of, asked.stops)
-        matrix_ids = (_ADDRESS * len(matrices))(*(address_of(one.ids_VN) for one in matrices))
-        matrix_logprobs = (_ADDRESS * len(matrices))(*(address_of(one.logprobs_VN) for one in matrices))
-        plan.matrix_ids, plan.matrix_logprobs = ctypes.addressof(matrix_ids), ctypes.addressof(matrix_logprobs)
-        plan.step_s = address_of(price.step_s)
-        bad_request = self._grow(_ADDRESS(self._handle), ctypes.byref(plan))
+        ids = array("i")
+        requests = b"".join([_packed(one, ids) for one in wanted])
+        bad_request = self._grow(
+            self._handle,
+            self._plan_address,
+            _STEP.pack(
+                address_of(price.step_s),
+                ids.buffer_info()[0],
+                *(_NO_CHAINS if chains is None else _chain_addresses(chains)),
+                price.token_rate,
+                price.min_survival,
+                len(wanted),
+                price.num_choosing,
+                len(matrices),
+                matrices[0].ids_VN.itemsize if matrices else 0,
+                0 if chains is None else chains.token_ids_BSR.shape[1],
+                len(price.step_s) - 1,
+            ),
+            requests,
+            b"".join([_MATRIX.pack(address_of(one.ids_VN), address_of(one.logprobs_VN)) for one in matrices]),
+        )
         if bad_request >= 0:
+            bad = wanted[bad_request]
             raise ValueError(
-                f"(matrix, root, nodes, depth) is {asked.limits_B4[bad_request].tolist()}; expected one of "
-                f"{len(matrices)} matrices or -1, and a token of 0..{self._vocab_size - 1}"
+                f"(matrix, root, nodes, depth) is {[bad.matrix, bad.root, bad.max_nodes, bad.max_depth]}; expected one "
+                f"of {len(matrices)} matrices or {NO_MATRIX}, and a token of 0..{self._vocab_size - 1}"
             )
-        num_requests = len(asked.slots_B)
-        end = int(self._ends[num_requests - 1]) if num_requests else 0
+        end = int(self._ends[len(wanted) - 1]) if wanted else 0
         expected_tokens, num_judged = self._figures.tolist()
         return Merged(
-            self._tokens[:end], self._parents[:end], self._ends[:num_requests], expected_tokens, int(num_judged)
+            self._tokens[:end], self._parents[:end], self._ends[: len(wanted)], expected_tokens, int(num_judged)
         )
 
     def end(self, slot: int, token_ids: Sequence[int]) -> int:
@@ -280,19 +266,44 @@ class Merger:
 
         What comes last is what looks like going on and does not: without it estimates would be too high.
         """
-        ids = np.array(token_ids, np.int32)
+        ids = array("i", token_ids)
         return self._end(  # type: ignore[no-any-return]
-            _ADDRESS(self._handle), ctypes.byref(self._plan), _INT(slot), _ADDRESS(address_of(ids)), _INT(len(ids))
+            self._handle, self._plan_address, slot, ids.buffer_info()[0], len(ids)
         )
 
     def release(self, slot: int) -> None:
         """The request in this slot has left; its text is forgotten."""
-        self._release(_ADDRESS(self._handle), _INT(slot))
+        self._release(self._handle, slot)
 
     def keep(self, scope: int, token_ids: Sequence[int]) -> None:
         """Keep an output for the look-ups of requests of this scope."""
-        ids = np.array(token_ids, np.int32)
-        self._keep(_ADDRESS(self._handle), ctypes.c_uint64(scope), _ADDRESS(address_of(ids)), _INT(len(ids)))
+        ids = array("i", token_ids)
+        self._keep(self._handle, scope, ids.buffer_info()[0], len(ids))
+
+
+_NO_CHAINS = 0, 0, 0
+
+
+def _chain_addresses(chains: Chains) -> tuple[int, int, int]:
+    return address_of(chains.token_ids_BSR), address_of(chains.lengths_B), address_of(chains.scores_BSR)
+
+
+def _packed(wanted: Wanted, ids: array[int]) -> bytes:
+    """A `_REQUEST`, whose tokens go to the end of `ids`."""
+    ids.extend(wanted.new_ids)
+    new_end = len(ids)
+    ids.extend(wanted.stop_ids)
+    return _REQUEST.pack(
+        wanted.draw,
+        wanted.scope,
+        wanted.slot,
+        wanted.matrix,
+        wanted.root,
+        wanted.max_nodes,
+        wanted.max_depth,
+        new_end,
+        len(ids),
+    )
 
 
 def _cells_of(cells: Cells) -> _Cells:
@@ -305,6 +316,6 @@ def _weights_of(merged: MergedWeights) -> _MergedWeights:
 
 
 def _addresses_of(*arrays: Float64) -> list[int]:
-    for array in arrays:
-        assert array.flags.c_contiguous, array.shape
-    return [address_of(array) for array in arrays]
+    for one in arrays:
+        assert one.flags.c_contiguous, one.shape
+    return [address_of(one) for one in arrays]

@@ -95,15 +95,16 @@ def row_bytes(
     top_p: float = 1.0,
     min_p: float = 0.0,
     redraw: int = 0,
+    position: int = 0,
 ) -> bytes:
-    """A ROW at position 0, for `sample_rows`; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 filter nothing.
+    """A ROW, for `sample_rows`; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 filter nothing.
 
-    `seed` in [0, 2**63), `sample_index` and `redraw` in [0, 2**31). Raises ValueError for another temperature than a
-    finite one from 0 up: anything else gives no distribution.
+    `seed` in [0, 2**63), `sample_index`, `redraw` and `position` in [0, 2**31). Raises ValueError for another
+    temperature than a finite one from 0 up: anything else gives no distribution.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a finite number from 0 up")
-    return _ROW.pack(seed, temperature, top_p, min_p, top_k, sample_index, redraw, 0)
+    return _ROW.pack(seed, temperature, top_p, min_p, top_k, sample_index, redraw, position)
 
 
 def sample_rows(rows: Sequence[bytes], positions: Sequence[int]) -> SampleRows:

@@ -27,13 +27,12 @@ from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.recycling_artifact import StoredMatrix
 from slipstream.drafting.survival import SurvivalModel
 from slipstream.drafting.tree import DraftTree, trees_of
-from slipstream.engine.sampling import draft_rows
+from slipstream.engine.sampling import shared_row
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 from slipstream_kernels.adjacency import Adjacency
 from slipstream_kernels.chain import ChainWorth
-from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Estimates, Int32, Merger, Price
+from slipstream_kernels.merging import DRAFTERS, NO_MATRIX, Chains, Estimates, Merger, Price, Wanted
 from slipstream_kernels.recycling import DEFAULT_RULE
-from slipstream_kernels.sampling import stop_tokens
 
 Source = Literal["chain", "recycling", "lookup", "pool"]
 
@@ -190,9 +189,12 @@ class MergedDrafter:
     def propose(self, contexts: Sequence[DraftContext]) -> list[DraftTree]:
         """One tree per context, in order; NO_DRAFT where nothing is worth its cost."""
         price = self._price(contexts)
-        chains, versions = self._draft_chains(contexts, price, is_wanted=self._mode is Mode.CHAIN)
-        matrices, limits_B4 = self._limits(contexts)
-        merged = self._merger.grow(self._asked(contexts, chains, limits_B4), matrices, price)
+        chains, versions = None, [NO_VERSION] * len(contexts)
+        if self._mode is Mode.CHAIN:
+            chains, versions = self._draft_chains(contexts, price)
+        matrices, places = self._matrices(contexts)
+        wanted = [self._wanted(one, place) for one, place in zip(contexts, places, strict=True)]
+        merged = self._merger.grow(wanted, matrices, price, chains=chains)
         self._take_in(merged.num_judged)
         if self.economy is not None:
             drafted_tokens = merged.expected_tokens - price.num_choosing
@@ -242,41 +244,37 @@ class MergedDrafter:
             return Price(np.ones(max_nodes + 1), 0.0, len(contexts))
         return self.economy.price(max_nodes)
 
-    def _draft_chains(
-        self, contexts: Sequence[DraftContext], price: Price, *, is_wanted: bool
-    ) -> tuple[Chains, list[int]]:
+    def _draft_chains(self, contexts: Sequence[DraftContext], price: Price) -> tuple[Chains, list[int]]:
         """The chains of all contexts, and the version that drafted each."""
-        width = self.options.max_chain_tokens
-        number = len(contexts)
-        versions = [NO_VERSION] * number
-        if not is_wanted:
-            return _nothing_drafted(number), versions
-        chains = no_chains(number, width=width)
         rows_of: dict[str, list[int]] = {}
         for row, context in enumerate(contexts):
             domain = context.domain if context.domain in self._chains else DEFAULT_DOMAIN
             if domain in self._chains:
                 rows_of.setdefault(domain, []).append(row)
+        versions = [NO_VERSION] * len(contexts)
+        found: list[tuple[list[int], Chains]] = []
         for domain, rows in rows_of.items():
             drafter = self._chains[domain]
-            started = time.perf_counter()
-            drafted = drafter.draft(
-                [contexts[row] for row in rows],
-                max_tokens=min(width, self.options.fixed_nodes or width),
-                worth=self._worth(price, num_drafting=len(rows)),
-            )
-            if drafter.was_level:
-                spent_s = time.perf_counter() - started
-                key = len(rows).bit_length()
-                self._pass_s[key] = _towards(spent_s / int(drafted.lengths_B.max()), self._pass_s.get(key))
-            self._was_level &= drafter.was_level
-            drafted_width = drafted.token_ids_BSR.shape[1]
-            chains.token_ids_BSR[rows, :drafted_width] = drafted.token_ids_BSR
-            chains.scores_BSR[rows, :drafted_width] = drafted.scores_BSR
-            chains.lengths_B[rows] = drafted.lengths_B
+            found.append((rows, self._chains_of(drafter, [contexts[row] for row in rows], price)))
             for row in rows:
                 versions[row] = drafter.version
-        return chains, versions
+        return _together(found, len(contexts)), versions
+
+    def _chains_of(self, drafter: ChainDrafter, contexts: Sequence[DraftContext], price: Price) -> Chains:
+        """What one draft model drafts for its contexts."""
+        width = self.options.max_chain_tokens
+        started = time.perf_counter()
+        chains = drafter.draft(
+            contexts,
+            max_tokens=min(width, self.options.fixed_nodes or width),
+            worth=self._worth(price, num_drafting=len(contexts)),
+        )
+        if drafter.was_level:
+            spent_s = time.perf_counter() - started
+            key = len(contexts).bit_length()
+            self._pass_s[key] = _towards(spent_s / int(chains.lengths_B.max()), self._pass_s.get(key))
+        self._was_level &= drafter.was_level
+        return chains
 
     def _worth(self, price: Price, *, num_drafting: int) -> ChainWorth:
         """When so many requests that draft together had better stop."""
@@ -285,37 +283,29 @@ class MergedDrafter:
         estimates = (model.cells("chain").said[0] for model in (self.greedy, self.sampled))
         return ChainWorth(price.min_survival, pass_tokens, *estimates)
 
-    def _limits(self, contexts: Sequence[DraftContext]) -> tuple[list[Adjacency], Int32]:
-        """The matrices, and a line per context: which of them, its last token, and how large its tree may be."""
+    def _matrices(self, contexts: Sequence[DraftContext]) -> tuple[list[Adjacency], list[int]]:
+        """The matrices, and which of them each context drafts from."""
         if "recycling" in self.options.sources:
-            matrices, places = self._recycling.matrices_of([one.tenant for one in contexts])
-        else:
-            matrices, places = [], [_NO_MATRIX] * len(contexts)
-        lines = [
-            (place, one.token_ids[-1], self._max_nodes(one), one.max_depth)
-            for place, one in zip(places, contexts, strict=True)
-        ]
-        return matrices, np.array(lines, np.int32)
+            return self._recycling.matrices_of([one.tenant for one in contexts])
+        return [], [NO_MATRIX] * len(contexts)
 
     def _max_nodes(self, context: DraftContext) -> int:
         return min(context.max_nodes, self.options.fixed_nodes or context.max_nodes)
 
-    def _asked(self, contexts: Sequence[DraftContext], chains: Chains, limits_B4: Int32) -> Asked:
-        new_ids: list[int] = []
-        ends: list[int] = []
-        for one in contexts:
-            new_ids += one.token_ids[self._num_known[one.slot] :]
-            ends.append(len(new_ids))
-            self._num_known[one.slot] = len(one.token_ids)
-        return Asked(
-            np.array([one.slot for one in contexts], np.int32),
-            np.array(new_ids, np.int32),
-            np.array(ends, np.int32),
-            draft_rows([one.sampling for one in contexts], [len(one.token_ids) for one in contexts]),
-            limits_B4,
-            np.array([_scope(one.tenant) for one in contexts], np.uint64),
-            stop_tokens(tuple(one.sampling.stop_token_ids for one in contexts)),
-            chains,
+    def _wanted(self, context: DraftContext, matrix: int) -> Wanted:
+        """The tree that a context wants, whose text up to its last token the merger knows from then on."""
+        slot, token_ids, sampling = context.slot, context.token_ids, context.sampling
+        num_known, self._num_known[slot] = self._num_known[slot], len(token_ids)
+        return Wanted(
+            slot,
+            token_ids[num_known:],
+            token_ids[-1],
+            shared_row(sampling, position=len(token_ids)),
+            self._max_nodes(context),
+            context.max_depth,
+            matrix,
+            _scope(context.tenant),
+            sampling.stop_token_ids,
         )
 
     def _recycle(self, lesson: Lesson) -> None:
@@ -346,9 +336,18 @@ class MergedDrafter:
             merged.let_curve_fade()
 
 
-_NO_MATRIX = -1
-
-_nothing_drafted = lru_cache(maxsize=256)(no_chains)
+def _together(found: list[tuple[list[int], Chains]], number: int) -> Chains:
+    """The chains of all contexts, from those of some, each with the contexts they are for."""
+    if len(found) == 1 and len(found[0][0]) == number:
+        return found[0][1]
+    width = max((chains.token_ids_BSR.shape[1] for _, chains in found), default=1)
+    together = no_chains(number, width=width)
+    for rows, chains in found:
+        own_width = chains.token_ids_BSR.shape[1]
+        together.token_ids_BSR[rows, :own_width] = chains.token_ids_BSR
+        together.scores_BSR[rows, :own_width] = chains.scores_BSR
+        together.lengths_B[rows] = chains.lengths_B
+    return together
 
 
 def _towards(newest: float, mean: float | None) -> float:

@@ -12,9 +12,9 @@ from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.survival import SurvivalModel
 from slipstream_kernels.lookup import OutputPool
-from slipstream_kernels.merging import DRAFTERS, Asked, Chains, Estimates, Merged, Merger, Price
+from slipstream_kernels.merging import DRAFTERS, NO_MATRIX, Chains, Estimates, Merged, Merger, Price, Wanted
 from slipstream_kernels.recycling import DEFAULT_RULE
-from slipstream_kernels.sampling import NUM_CHOICES, SampleRows, row_bytes, sample_rows, stop_tokens
+from slipstream_kernels.sampling import NUM_CHOICES, row_bytes, sample_rows
 from tests.kernels.merging_oracle import MATCHING, Continued, Models, Request, grown, meetings, proposals, survival_of
 from tests.unit.lookup_oracle import SuffixAutomaton
 
@@ -74,7 +74,7 @@ class World:
             rule=DEFAULT_RULE,
         )
         self.texts = [rng.integers(0, 4, 60).tolist() for _ in range(NUM_REQUESTS)]
-        self.draws = self._draws(temperature)
+        self.temperature = temperature
         self.chains = [[self._choices() for _ in range(number)] for number in (3, 0, 4)]
         self.limits = [(max_nodes, max_depth), (4, max_depth), (max_nodes, 2)]
 
@@ -84,12 +84,27 @@ class World:
         number = 1 + int(self.rng.integers(2))
         return list(zip(ids[:number].tolist(), scores[:number].tolist(), strict=True))
 
-    def _draws(self, temperature: float) -> SampleRows:
-        rows = [row_bytes(seed=7 + request, temperature=temperature) for request in range(NUM_REQUESTS)]
-        return sample_rows(rows, [len(text) for text in self.texts])
+    def draw(self, request: int) -> bytes:
+        """How this request's first drafted token is drawn."""
+        return row_bytes(seed=7 + request, temperature=self.temperature, position=len(self.texts[request]))
 
-    def asked(self, *, num_known: int = 0) -> Asked:
-        """All requests, their texts new behind `num_known` tokens."""
+    def wanted(self, *, num_known: int = 0, matrix: int = 0) -> list[Wanted]:
+        """Trees for all requests, their texts new behind `num_known` tokens."""
+        return [
+            Wanted(
+                slot,
+                text[num_known:],
+                text[-1],
+                self.draw(slot),
+                *self.limits[slot],
+                matrix=matrix,
+                stop_ids=STOP_IDS[slot],
+            )
+            for slot, text in enumerate(self.texts)
+        ]
+
+    def drafted(self) -> Chains:
+        """The chains as a draft hands them over."""
         shape = NUM_REQUESTS, 4, NUM_CHOICES
         chains = Chains(np.full(shape, -1, np.int32), np.zeros(shape), np.zeros(NUM_REQUESTS, np.int32))
         for request, chain in enumerate(self.chains):
@@ -98,42 +113,26 @@ class World:
                 for rank, (token, score) in enumerate(choices):
                     chains.token_ids_BSR[request, place, rank] = token
                     chains.scores_BSR[request, place, rank] = score
-        lines = [(0, text[-1], *limits) for text, limits in zip(self.texts, self.limits, strict=True)]
-        return Asked(
-            np.arange(NUM_REQUESTS, dtype=np.int32),
-            np.array([token for text in self.texts for token in text[num_known:]], np.int32),
-            np.cumsum([len(text) - num_known for text in self.texts], dtype=np.int32),
-            self.draws,
-            np.array(lines, np.int32),
-            np.zeros(NUM_REQUESTS, np.uint64),
-            stop_tokens(STOP_IDS),
-            chains,
-        )
+        return chains
+
+    def grow(self, price: Price, *, num_known: int = 0) -> Merged:
+        """The trees of all requests, from all there is."""
+        return self.merger.grow(self.wanted(num_known=num_known), [self.matrix], price, chains=self.drafted())
 
     def go_on(self, token_ids: list[int]) -> int:
         """The first request goes on with these tokens and is asked for another tree; how many candidates that judged.
 
         It gets none: its tree may have no node.
         """
-        asked = self.asked()
-        line = np.array([[-1, token_ids[-1], 0, 0]], np.int32)
-        chains = Chains(*(array[:1] for array in asked.chains))
-        alone = Asked(
-            asked.slots_B[:1],
-            np.array(token_ids, np.int32),
-            np.array([len(token_ids)], np.int32),
-            asked.draws_B[:1],
-            line,
-            asked.scopes_B[:1],
-            stop_tokens(STOP_IDS[:1]),
-            chains,
-        )
-        return self.merger.grow(alone, [], Price(np.ones(1), 0.0, 1)).num_judged
+        without_nodes = Wanted(0, token_ids, token_ids[-1], self.draw(0), 0, 0)
+        return self.merger.grow([without_nodes], [], Price(np.ones(1), 0.0, 1)).num_judged
 
     def requests(self) -> list[Request]:
         """The same for the oracle."""
+        draws = [self.draw(request) for request in range(NUM_REQUESTS)]
+        draws_B = sample_rows(draws, [len(text) for text in self.texts])
         return [
-            Request(text[-1], chain, continued(text), self.matrix, self.draws[place], *limits, STOP_IDS[place])
+            Request(text[-1], chain, continued(text), self.matrix, draws_B[place], *limits, STOP_IDS[place])
             for place, (text, chain, limits) in enumerate(zip(self.texts, self.chains, self.limits, strict=True))
         ]
 
@@ -164,7 +163,7 @@ def trees(merged: Merged) -> list[list[tuple[int, ...]]]:
 def test_trees_grow_as_the_definition_says(isa: str, seed: int, temperature: float) -> None:
     world = World(seed, temperature=temperature)
     everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
-    merged = world.merger.grow(world.asked(), [world.matrix], everything)
+    merged = world.grow(everything)
     expected = [sorted(node.path for node in grown(world.models, request)) for request in world.requests()]
     assert trees(merged) == expected
 
@@ -173,7 +172,7 @@ def test_trees_grow_as_the_definition_says(isa: str, seed: int, temperature: flo
 def test_the_budget_takes_the_set_that_its_definition_takes(isa: str, seed: int) -> None:
     world = World(seed, temperature=0.0)
     step_s = 1.0 + np.cumsum(world.rng.exponential(0.15, 3 * world.max_nodes + 1))
-    merged = world.merger.grow(world.asked(), [world.matrix], Price(step_s, RATE, NUM_REQUESTS))
+    merged = world.grow(Price(step_s, RATE, NUM_REQUESTS))
     nodes = [grown(world.models, request) for request in world.requests()]
     starts = np.cumsum([0, *(len(some) for some in nodes)])
     choice = choose_nodes(
@@ -204,7 +203,7 @@ def test_the_budget_takes_the_set_that_its_definition_takes(isa: str, seed: int)
 def test_growth_stops_at_paths_that_survive_too_seldom(isa: str) -> None:
     world = World(3, temperature=0.0)
     price = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS, min_survival=0.2)
-    merged = world.merger.grow(world.asked(), [world.matrix], price)
+    merged = world.grow(price)
     expected = [grown(world.models, request, min_survival=0.2) for request in world.requests()]
     assert trees(merged) == [sorted(node.path for node in some) for some in expected]
     assert 0 < len(merged.token_ids_X) < sum(len(grown(world.models, request)) for request in world.requests())
@@ -214,7 +213,7 @@ def test_growth_stops_at_paths_that_survive_too_seldom(isa: str) -> None:
 def test_every_candidate_along_the_path_taken_is_a_trial_verified_or_not(isa: str, temperature: float) -> None:
     world = World(5, temperature=temperature)
     nothing = Price(np.linspace(1.0, 99.0, 3 * world.max_nodes + 1), RATE, NUM_REQUESTS)
-    merged = world.merger.grow(world.asked(), [world.matrix], nothing)
+    merged = world.grow(nothing)
     assert len(merged.token_ids_X) == 0
     request = world.requests()[0]
     first = grown(world.models, request)[0].path[0]
@@ -236,7 +235,7 @@ def test_every_candidate_along_the_path_taken_is_a_trial_verified_or_not(isa: st
 def test_what_candidates_survive_together_is_learned_as_its_definition_says(isa: str, temperature: float) -> None:
     world, expected = World(5, temperature=temperature), World(5, temperature=temperature).models.together
     request = world.requests()[0]
-    world.merger.grow(world.asked(), [world.matrix], Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS))
+    world.grow(Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS))
     tree = {(), *(node.path for node in grown(world.models, request))}
     path = (*max(tree, key=len), 3)
     world.go_on(list(path))
@@ -262,7 +261,7 @@ def test_a_token_that_ends_the_output_is_judged_but_is_no_node(isa: str) -> None
     world.models.alone.cells("chain").said[:] = 0.99
     world.models.together.weights[:] = MergedSurvival().weights
     everything = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
-    ended, going_on, _ = trees(world.merger.grow(world.asked(), [world.matrix], everything))
+    ended, going_on, _ = trees(world.grow(everything))
     assert (5, 6) in going_on
     assert ended
     assert not any(5 in path for path in ended)
@@ -275,7 +274,7 @@ def test_the_last_tree_of_a_request_is_judged_by_how_it_ended(isa: str) -> None:
     world, other = World(5, temperature=0.0), World(5, temperature=0.0)
     price = Price(np.ones(3 * world.max_nodes + 1), 0.0, NUM_REQUESTS)
     for one in (world, other):
-        one.merger.grow(one.asked(), [one.matrix], price)
+        one.grow(price)
     first = grown(world.models, world.requests()[0])[0].path[0]
     assert world.merger.end(0, [first, 7]) == other.go_on([first, 7]) > 0
     for name in DRAFTERS:
@@ -289,16 +288,16 @@ def test_texts_go_on_between_calls_and_begin_anew_after_release(isa: str) -> Non
     world = World(6, temperature=0.0)
     texts = world.texts
     world.texts = [text[:40] for text in texts]
-    world.merger.grow(world.asked(), [world.matrix], everything)
+    world.grow(everything)
     world.texts = texts
 
     def whole() -> list[list[tuple[int, ...]]]:
         return [sorted(node.path for node in grown(world.models, request)) for request in world.requests()]
 
-    assert trees(world.merger.grow(world.asked(num_known=40), [world.matrix], everything)) == whole()
+    assert trees(world.grow(everything, num_known=40)) == whole()
     for slot in range(NUM_REQUESTS):
         world.merger.release(slot)
-    assert trees(world.merger.grow(world.asked(), [world.matrix], everything)) == whole()
+    assert trees(world.grow(everything)) == whole()
 
 
 def test_a_kept_output_is_found_by_its_scope_alone(isa: str) -> None:
@@ -307,9 +306,8 @@ def test_a_kept_output_is_found_by_its_scope_alone(isa: str) -> None:
     everything = Price(np.ones(31), 0.0, NUM_REQUESTS)
     world.texts = [[9, 8, 7, 6], [9, 8, 7, 6], [9, 8, 7, 6]]
     world.merger.keep(5, [9, 8, 7, 6, 11, 10, 11])
-    asked = world.asked()._replace(scopes_B=np.array([5, 6, 5], np.uint64))
-    asked.limits_B4[:, 0] = -1
-    merged = trees(world.merger.grow(asked, [], everything))
+    wanted = [one._replace(scope=scope) for one, scope in zip(world.wanted(matrix=NO_MATRIX), (5, 6, 5), strict=True)]
+    merged = trees(world.merger.grow(wanted, [], everything))
     assert merged == [[(11,), (11, 10), (11, 10, 11)], [], [(11,), (11, 10)]]
 
 
@@ -336,7 +334,7 @@ def test_two_look_ups_that_find_one_token_are_one_source_and_the_surer_one_count
     assert survivals_CO[tokens.index(11), 2] == max(
         survival for drafter, survival in proposed if drafter != "recycling"
     )
-    merged = trees(world.merger.grow(world.asked(), [world.matrix], Price(np.ones(31), 0.0, NUM_REQUESTS)))
+    merged = trees(world.grow(Price(np.ones(31), 0.0, NUM_REQUESTS)))
     assert merged == [sorted(node.path for node in grown(world.models, request)) for request in requests]
 
 
@@ -344,16 +342,15 @@ def test_a_request_that_can_only_end_gets_no_tree_and_is_judged(isa: str) -> Non
     world = World(9, temperature=0.0)
     world.chains = [[[(5, 0.9)]], [], []]
     world.texts = [[1, 2, 3]] * NUM_REQUESTS
-    asked = world.asked()
-    asked.limits_B4[:, 0] = -1
-    assert trees(world.merger.grow(asked, [], Price(np.ones(31), 0.0, NUM_REQUESTS)))[0] == []
+    wanted, everything = world.wanted(matrix=NO_MATRIX), Price(np.ones(31), 0.0, NUM_REQUESTS)
+    assert trees(world.merger.grow(wanted, [], everything, chains=world.drafted()))[0] == []
     assert world.merger.end(0, [5]) == 1
 
 
 @pytest.mark.parametrize(("matrix", "root"), [(1, 0), (0, VOCAB), (0, -1)])
 def test_a_request_without_a_root_or_matrix_is_refused(isa: str, matrix: int, root: int) -> None:
     world = World(1, temperature=0.0)
-    asked = world.asked()
-    asked.limits_B4[1, :2] = matrix, root
+    wanted = world.wanted()
+    wanted[1] = wanted[1]._replace(matrix=matrix, root=root)
     with pytest.raises(ValueError, match=f"\\[{matrix}, {root}, 4, 5\\]; expected one of 1 matrices"):
-        world.merger.grow(asked, [world.matrix], Price(np.ones(31), 0.0, NUM_REQUESTS))
+        world.merger.grow(wanted, [world.matrix], Price(np.ones(31), 0.0, NUM_REQUESTS))

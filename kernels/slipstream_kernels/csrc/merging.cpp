@@ -90,27 +90,53 @@ struct Slot {
     }
 };
 
-// `merging._Plan`, field by field.
+// A request that wants a tree: `merging._REQUEST`, field by field.
+struct Request {
+    SampleRow draw;
+    uint64_t scope;
+    int32_t slot, matrix, root, max_nodes, max_depth;  // matrix -1: none
+    int32_t new_end, stop_end;  // in the step's ids: what its text went on with, then what ends its output
+
+    bool is_sampled() const { return draw.temperature != 0.0; }
+};
+
+// What stays between calls: `merging._Plan`, field by field.
 struct Plan {
-    int32_t num_requests, num_choosing, num_matrices, id_bytes, vocab_size, chain_width, max_step_nodes;
+    int32_t vocab_size;
     int32_t drafters;  // bit d: whether drafter d takes part, where that is not seen from what it is given
-    double token_rate, min_survival;
-    const int32_t* slots;
-    const SampleRow* draws;
-    const int32_t* limits;  // [B, 4]: matrix (-1: none), root, nodes, depth
-    const uint64_t* scopes;
-    const int32_t *new_tokens, *new_ends;
-    const int32_t *chain_tokens, *chain_lengths;  // [B, chain_width, kNumChoices], [B]
-    const double* chain_scores;
-    const void* const* matrix_ids;
-    const uint16_t* const* matrix_logprobs;
-    StopTokens stops;
     const Rule* rule;
     const Cells* cells;            // [2, kNumDrafters]: at temperature 0, above it
     const MergedSurvival* merged;  // [2]
-    const double* step_s;
     int32_t *tokens, *parents, *ends;
     double* figures;  // out: expected tokens, candidates judged
+};
+
+// Ids and log-probabilities of one of the step's matrices: `merging._MATRIX`.
+struct MatrixAddresses {
+    const void* ids;
+    const uint16_t* logprobs;
+};
+
+// What a call is about: `merging._STEP`, field by field.
+struct Step {
+    const double* step_s;
+    const int32_t* ids;
+    const int32_t *chain_tokens, *chain_lengths;  // [B, chain_width, kNumChoices], [B]; none if nothing was drafted
+    const double* chain_scores;
+    double token_rate, min_survival;
+    int32_t num_requests, num_choosing, num_matrices, id_bytes, chain_width, max_step_nodes;
+};
+
+// A step with its requests and matrices.
+struct Asked {
+    const Step& step;
+    const Request* requests;
+    const MatrixAddresses* matrices;
+
+    // Where the ids of a request begin: behind those of the one before it.
+    const int32_t* new_ids(int32_t request) const {
+        return step.ids + (request > 0 ? requests[request - 1].stop_end : 0);
+    }
 };
 
 struct Merger {
@@ -125,39 +151,40 @@ struct Merger {
 // Grows the tree of one request, best first.
 class Growth {
    public:
-    Growth(const Plan& plan, int32_t request, Merger& merger)
-        : limits_(plan.limits + 4 * int64_t(request)),
-          slot_(merger.slots[size_t(plan.slots[request])]),
-          request_(request),
-          stops_(plan.stops),
-          cells_(plan.cells + (plan.draws[request].temperature != 0.0 ? kNumDrafters : 0)),
-          merged_(plan.merged[plan.draws[request].temperature != 0.0]),
-          chain_tokens_(plan.chain_tokens + int64_t(request) * plan.chain_width * kNumChoices),
-          chain_scores_(plan.chain_scores + int64_t(request) * plan.chain_width * kNumChoices),
-          chain_length_(plan.chain_lengths[request]),
-          min_survival_(plan.min_survival),
-          has_matrix_(limits_[0] >= 0),
-          matrix_(has_matrix_ ? Matrix{plan.matrix_ids[limits_[0]], plan.matrix_logprobs[limits_[0]], plan.id_bytes,
-                                       plan.vocab_size}
-                              : Matrix{nullptr, nullptr, plan.id_bytes, plan.vocab_size}),
-          scorer_(matrix_, plan.draws[request], *plan.rule) {
+    Growth(const Plan& plan, const Asked& asked, int32_t place, Merger& merger)
+        : request_(asked.requests[place]),
+          slot_(merger.slots[size_t(request_.slot)]),
+          stops_(asked.step.ids + request_.new_end),
+          stops_end_(asked.step.ids + request_.stop_end),
+          cells_(plan.cells + (request_.is_sampled() ? kNumDrafters : 0)),
+          merged_(plan.merged[request_.is_sampled()]),
+          min_survival_(asked.step.min_survival),
+          has_matrix_(request_.matrix >= 0),
+          matrix_(matrix_of(plan, asked, request_)),
+          scorer_(matrix_, request_.draw, *plan.rule) {
+        const Step& step = asked.step;
+        if (step.chain_lengths != nullptr) {
+            const int64_t first = int64_t(place) * step.chain_width * kNumChoices;
+            chain_tokens_ = step.chain_tokens + first;
+            chain_scores_ = step.chain_scores + first;
+            chain_length_ = step.chain_lengths[place];
+        }
         slot_.forget_tree();
-        slot_.is_sampled = plan.draws[request].temperature != 0.0;
+        slot_.is_sampled = request_.is_sampled();
         const SuffixAutomaton& text = slot_.text;
         if (plan.drafters >> kLookup & 1) add_texts(kLookup, text.continuations(kMaxContinuations, 1, found_));
         if (plan.drafters >> kPool & 1) {
-            add_texts(kPool, merger.pool.look_up(plan.scopes[request], text.tokens(), text.num_tokens(), limits_[3],
+            add_texts(kPool, merger.pool.look_up(request_.scope, text.tokens(), text.num_tokens(), request_.max_depth,
                                                  kMaxContinuations, found_));
         }
     }
 
     void run() {
-        const int32_t max_nodes = limits_[2], max_depth = limits_[3];
         heap_.clear();
-        slot_.nodes.push_back({limits_[1], -1, 0, ~0u, 1.0, {0, 0}, {0, 0}});
+        slot_.nodes.push_back({request_.root, -1, 0, ~0u, 1.0, {0, 0}, {0, 0}});
         for (int32_t node = 0;; node = int32_t(slot_.nodes.size()) - 1) {
-            if (slot_.nodes[size_t(node)].depth < max_depth) expand(node);
-            if (heap_.empty() || node == max_nodes) return;
+            if (slot_.nodes[size_t(node)].depth < request_.max_depth) expand(node);
+            if (heap_.empty() || node == request_.max_nodes) return;
             std::pop_heap(heap_.begin(), heap_.end());
             const Node next = heap_.back().node;
             heap_.pop_back();
@@ -167,6 +194,12 @@ class Growth {
     }
 
    private:
+    static Matrix matrix_of(const Plan& plan, const Asked& asked, const Request& request) {
+        if (request.matrix < 0) return {nullptr, nullptr, asked.step.id_bytes, plan.vocab_size};
+        const MatrixAddresses& found = asked.matrices[request.matrix];
+        return {found.ids, found.logprobs, asked.step.id_bytes, plan.vocab_size};
+    }
+
     void add_texts(Drafter drafter, int32_t number) {
         for (int32_t one = 0; one < number; ++one) texts_[num_texts_++] = {found_[one], drafter};
     }
@@ -268,7 +301,7 @@ class Growth {
         for (size_t one = first_meeting_; one < slot_.meetings.size(); ++one) {
             Meeting& meeting = slot_.meetings[one];
             meeting.share /= total;
-            if (stops_.has(request_, meeting.token)) continue;
+            if (std::find(stops_, stops_end_, meeting.token) != stops_end_) continue;
             const uint32_t agreeing = meeting.agreeing & above.agreeing;
             heap_.push_back({{meeting.token, parent, depth, agreeing, above.survival * meeting.share, {0, 0}, {0, 0}},
                              int32_t(one)});
@@ -281,15 +314,14 @@ class Growth {
         int32_t drafter;
     };
 
-    const int32_t* const limits_;
+    const Request& request_;
     Slot& slot_;
-    const int32_t request_;
-    const StopTokens stops_;
+    const int32_t *const stops_, *const stops_end_;
     const Cells* const cells_;
     const MergedSurvival& merged_;
-    const int32_t* const chain_tokens_;
-    const double* const chain_scores_;
-    const int32_t chain_length_;
+    const int32_t* chain_tokens_ = nullptr;
+    const double* chain_scores_ = nullptr;
+    int32_t chain_length_ = 0;
     const double min_survival_;
     const bool has_matrix_;
     const Matrix matrix_;
@@ -312,10 +344,10 @@ struct Place {
 };
 
 // The nodes of all requests by falling survival, parents first; `budget.py` shows that the best set is a prefix.
-std::vector<Place> by_survival(const Plan& plan, const Merger& merger) {
+std::vector<Place> by_survival(const Asked& asked, const Merger& merger) {
     std::vector<Place> places;
-    for (int32_t request = 0; request < plan.num_requests; ++request) {
-        const std::vector<Node>& nodes = merger.slots[size_t(plan.slots[request])].nodes;
+    for (int32_t request = 0; request < asked.step.num_requests; ++request) {
+        const std::vector<Node>& nodes = merger.slots[size_t(asked.requests[request].slot)].nodes;
         for (int32_t node = 1; node < int32_t(nodes.size()); ++node) {
             places.push_back({nodes[size_t(node)].survival, request, node});
         }
@@ -326,34 +358,35 @@ std::vector<Place> by_survival(const Plan& plan, const Merger& merger) {
 }
 
 // How many of the places are worth verifying together; writes how many tokens the step should give with them.
-size_t best_number(const Plan& plan, const std::vector<Place>& places) {
-    const size_t most = std::min(places.size(), size_t(plan.max_step_nodes));
-    double tokens = plan.num_choosing, best_tokens = tokens;
-    double best_worth = tokens - plan.token_rate * plan.step_s[0];
+size_t best_number(const Step& step, const std::vector<Place>& places, double& best_tokens) {
+    const size_t most = std::min(places.size(), size_t(step.max_step_nodes));
+    double tokens = step.num_choosing;
+    double best_worth = tokens - step.token_rate * step.step_s[0];
+    best_tokens = tokens;
     size_t best = 0;
     for (size_t number = 1; number <= most; ++number) {
         tokens += places[number - 1].survival;
-        const double worth = tokens - plan.token_rate * plan.step_s[number];
+        const double worth = tokens - step.token_rate * step.step_s[number];
         if (worth > best_worth) {
             best = number;
             best_worth = worth;
             best_tokens = tokens;
         }
     }
-    plan.figures[0] = best_tokens;
     return best;
 }
 
-void write_trees(const Plan& plan, const Merger& merger, const std::vector<Place>& places, size_t number) {
+void write_trees(const Plan& plan, const Asked& asked, const Merger& merger, const std::vector<Place>& places,
+                 size_t number) {
     static thread_local std::vector<std::vector<int32_t>> numbers;  // of the chosen nodes, per request; -1: left out
-    numbers.resize(std::max(numbers.size(), size_t(plan.num_requests)));
-    for (int32_t request = 0; request < plan.num_requests; ++request) {
-        numbers[size_t(request)].assign(merger.slots[size_t(plan.slots[request])].nodes.size(), -1);
+    numbers.resize(std::max(numbers.size(), size_t(asked.step.num_requests)));
+    for (int32_t request = 0; request < asked.step.num_requests; ++request) {
+        numbers[size_t(request)].assign(merger.slots[size_t(asked.requests[request].slot)].nodes.size(), -1);
     }
     for (size_t one = 0; one < number; ++one) numbers[size_t(places[one].request)][size_t(places[one].node)] = 0;
     int32_t end = 0;
-    for (int32_t request = 0; request < plan.num_requests; ++request) {
-        const std::vector<Node>& nodes = merger.slots[size_t(plan.slots[request])].nodes;
+    for (int32_t request = 0; request < asked.step.num_requests; ++request) {
+        const std::vector<Node>& nodes = merger.slots[size_t(asked.requests[request].slot)].nodes;
         std::vector<int32_t>& places_of = numbers[size_t(request)];
         const int32_t first = end;
         for (size_t node = 1; node < nodes.size(); ++node) {
@@ -421,26 +454,30 @@ void SLIPSTREAM_EXPORT(merger_free)(void* merger) { delete static_cast<SLIPSTREA
 
 // Judge every request's last tree by what is new of its text, take that in, grow its next tree, choose among all nodes
 // and write the trees one behind the other. Returns -1, or the first request whose root or matrix is none.
-int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address) {
+int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address, const void* step_address,
+                                       const void* requests, const void* matrices) {
     using namespace SLIPSTREAM_ISA;
     Merger& merger = *static_cast<Merger*>(handle);
     const Plan& plan = *static_cast<const Plan*>(plan_address);
-    for (int32_t request = 0; request < plan.num_requests; ++request) {
-        const int32_t* const limits = plan.limits + 4 * int64_t(request);
-        if (limits[0] >= plan.num_matrices || limits[1] < 0 || limits[1] >= plan.vocab_size) return request;
+    const Step& step = *static_cast<const Step*>(step_address);
+    const Asked asked{step, static_cast<const Request*>(requests), static_cast<const MatrixAddresses*>(matrices)};
+    for (int32_t place = 0; place < step.num_requests; ++place) {
+        const Request& request = asked.requests[place];
+        if (request.matrix >= step.num_matrices || request.root < 0 || request.root >= plan.vocab_size) return place;
     }
     int64_t num_trials = 0;
-    for (int32_t request = 0; request < plan.num_requests; ++request) {
-        const int32_t first = request > 0 ? plan.new_ends[request - 1] : 0;
-        const int32_t* const tokens = plan.new_tokens + first;
-        Slot& slot = merger.slots[size_t(plan.slots[request])];
-        num_trials += judge(plan, slot, tokens, plan.new_ends[request] - first);
-        slot.text.extend(tokens, plan.new_ends[request] - first);
+    for (int32_t place = 0; place < step.num_requests; ++place) {
+        const Request& request = asked.requests[place];
+        const int32_t* const new_ids = asked.new_ids(place);
+        const auto num_new = int32_t(step.ids + request.new_end - new_ids);
+        Slot& slot = merger.slots[size_t(request.slot)];
+        num_trials += judge(plan, slot, new_ids, num_new);
+        slot.text.extend(new_ids, num_new);
     }
-    for (int32_t request = 0; request < plan.num_requests; ++request) Growth(plan, request, merger).run();
+    for (int32_t place = 0; place < step.num_requests; ++place) Growth(plan, asked, place, merger).run();
+    const std::vector<Place> places = by_survival(asked, merger);
+    write_trees(plan, asked, merger, places, best_number(step, places, plan.figures[0]));
     plan.figures[1] = double(num_trials);
-    const std::vector<Place> places = by_survival(plan, merger);
-    write_trees(plan, merger, places, best_number(plan, places));
     return -1;
 }
 
