@@ -25,7 +25,7 @@ from slipstream.drafting.tree import ROOT
 from slipstream_kernels.lookup import OutputPool, SuffixAutomaton
 from slipstream_kernels.merging import DRAFTERS, Estimates, Merger, Price, Wanted
 from slipstream_kernels.recycling import DEFAULT_RULE
-from slipstream_kernels.sampling import row_bytes
+from slipstream_kernels.sampling import at_position, row_bytes
 
 REPEATS = 500
 CONTEXT_TOKENS = 300
@@ -133,7 +133,7 @@ def _compiled(
     texts_BT = rng.integers(0, VOCAB, (num_requests, 100)).astype(np.int32)
 
     def wanted(num_nodes: int, new_BT: NDArray[np.int32]) -> list[Wanted]:
-        draw = row_bytes(seed=1, temperature=0.0, position=100)
+        draw = at_position(row_bytes(seed=1, temperature=0.0), 100)
         return [
             Wanted(slot, new_ids, new_ids[-1], draw, num_nodes, 8, matrix=0, stop_ids=(0,))
             for slot, new_ids in enumerate(new_BT.tolist())
@@ -141,9 +141,9 @@ def _compiled(
 
     price = Price(step_s, TOKEN_RATE, num_requests)
     merger.grow(wanted(nodes_each, texts_BT), matrices, price)
-    next_step, without_nodes = wanted(nodes_each, texts_BT[:, :2]), wanted(0, texts_BT[:, :2])
-    yield "compiled: look up, grow, judge, choose", lambda: merger.grow(next_step, matrices, price)
-    yield "compiled: the same without nodes", lambda: merger.grow(without_nodes, matrices, price)
+    new_BT = texts_BT[:, :2]
+    yield "compiled: look up, grow, judge, choose", lambda: merger.grow(wanted(nodes_each, new_BT), matrices, price)
+    yield "compiled: the same without nodes", lambda: merger.grow(wanted(0, new_BT), matrices, price)
 
 
 def _median_us(run: Callable[[], object]) -> float:

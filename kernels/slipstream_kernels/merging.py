@@ -33,6 +33,7 @@ from slipstream_kernels.address import address_of
 from slipstream_kernels.adjacency import WIDTH, Adjacency
 from slipstream_kernels.isa import instruction_set, typed
 from slipstream_kernels.recycling import GrowthRule
+from slipstream_kernels.sampling import ROW
 
 DRAFTERS = ("chain", "recycling", "lookup", "pool")
 """Whose candidates are told apart."""
@@ -88,14 +89,15 @@ class Chains(NamedTuple):
 
 
 NO_MATRIX = -1
+"""The place of the matrix of a request that drafts from none."""
 
 
 class Wanted(NamedTuple):
-    """The tree that a request wants.
+    """The tree that a request wants, of up to `max_nodes` nodes and `max_depth` tokens along a path.
 
     `slot` tells requests apart between calls; the text went on with `new_ids` since the last one, and ends with `root`.
-    `draw` is `sampling.row_bytes` at the position of the first drafted token, `matrix` which of the matrices to draft
-    from. `scope` says whose past outputs the request may find, `stop_ids` what ends its output.
+    `draw` is a row of `sampling.row_bytes` at the position of the first drafted token, `matrix` which of the matrices
+    to draft from. `scope`, in [0, 2**64), says whose past outputs the request may find, `stop_ids` what ends its output.
     """
 
     slot: int
@@ -140,8 +142,12 @@ _ADDRESS, _INT, _BYTES = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
 
 # A step's requests, matrices and the rest of it are packed into bytes at once: behind a pass of the target every first
 # look at something costs misses of all caches, and setting thirty fields took longer than growing the trees.
-_REQUEST = struct.Struct("<48sQ7i4x")
+# (draw, scope, slot, matrix, root, nodes, depth, end of new ids, end of stop ids)
+_REQUEST = struct.Struct(f"<{ROW.itemsize}sQ7i4x")
+# (ids, log-probabilities)
 _MATRIX = struct.Struct("<2Q")
+# (seconds, ids, chains' tokens, lengths, scores; token rate, least survival; numbers of requests, requests that choose,
+# matrices, bytes of a matrix's id, width of a chain, most nodes of the step)
 _STEP = struct.Struct("<5Q2d6i")
 
 _compiled = typed(
@@ -226,8 +232,11 @@ class Merger:
     ) -> Merged:
         """A tree for each request, from its chain among others; what it returns is overwritten by the next call.
 
-        Raises ValueError for a root that is no token of the vocabulary, or a matrix that is not there.
+        Nodes of all requests together are at most those of all slots. Raises ValueError for a root that is no token of
+        the vocabulary, or a matrix that is not there.
         """
+        assert len(wanted) <= len(self._ends), (len(wanted), len(self._ends))
+        assert chains is None or len(chains.lengths_B) == len(wanted), len(wanted)
         ids = array("i")
         requests = b"".join([_packed(one, ids) for one in wanted])
         bad_request = self._grow(
@@ -290,6 +299,7 @@ def _chain_addresses(chains: Chains) -> tuple[int, int, int]:
 
 def _packed(wanted: Wanted, ids: array[int]) -> bytes:
     """A `_REQUEST`, whose tokens go to the end of `ids`."""
+    assert len(wanted.draw) == ROW.itemsize, wanted.draw
     ids.extend(wanted.new_ids)
     new_end = len(ids)
     ids.extend(wanted.stop_ids)

@@ -51,6 +51,7 @@ SampleRows = NDArray[np.void]
 """One `ROW` per row of logits."""
 
 _ROW = struct.Struct("<qdddiiii")
+_POSITION = struct.Struct("<i")
 
 _NO_TOKEN = -1
 
@@ -95,16 +96,20 @@ def row_bytes(
     top_p: float = 1.0,
     min_p: float = 0.0,
     redraw: int = 0,
-    position: int = 0,
 ) -> bytes:
-    """A ROW, for `sample_rows`; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 filter nothing.
+    """A ROW at position 0; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 filter nothing.
 
-    `seed` in [0, 2**63), `sample_index`, `redraw` and `position` in [0, 2**31). Raises ValueError for another
-    temperature than a finite one from 0 up: anything else gives no distribution.
+    `seed` in [0, 2**63), `sample_index` and `redraw` in [0, 2**31). Raises ValueError for another temperature than a
+    finite one from 0 up: anything else gives no distribution.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a finite number from 0 up")
-    return _ROW.pack(seed, temperature, top_p, min_p, top_k, sample_index, redraw, position)
+    return _ROW.pack(seed, temperature, top_p, min_p, top_k, sample_index, redraw, 0)
+
+
+def at_position(row: bytes, position: int) -> bytes:
+    """A ROW of `row_bytes` at this absolute position, in [0, 2**31)."""
+    return row[: -_POSITION.size] + _POSITION.pack(position)
 
 
 def sample_rows(rows: Sequence[bytes], positions: Sequence[int]) -> SampleRows:

@@ -121,11 +121,7 @@ class ChainDrafter:
         for index, ids, length in zip(level, ids_BS, chains.lengths_B.tolist(), strict=True):
             # The last token drafted is not computed.
             self._drafted[contexts[index].slot] = len(contexts[index].token_ids), ids[: length - 1]
-        if len(level) == len(contexts):
-            return chains
-        whole = no_chains(len(contexts), width=chains.token_ids_BSR.shape[1])
-        whole.token_ids_BSR[level], whole.scores_BSR[level], whole.lengths_B[level] = chains
-        return whole
+        return put_together([(level, chains)], len(contexts))
 
     def _keep_what_came(self, context: DraftContext) -> None:
         """Of what was drafted last, what became text stays cached; never a text's last token: its logits are wanted."""
@@ -250,6 +246,19 @@ def no_chains(number: int, *, width: int = 1) -> Chains:
     """So many chains of length 0, with room for `width` tokens each."""
     shape = number, width, NUM_CHOICES
     return Chains(np.full(shape, -1, np.int32), np.zeros(shape), np.zeros(number, np.int32))
+
+
+def put_together(parts: Sequence[tuple[Sequence[int], Chains]], number: int) -> Chains:
+    """So many chains from those of some, each part with its ascending rows; of length 0 where no part has a row."""
+    if len(parts) == 1 and len(parts[0][0]) == number:
+        return parts[0][1]
+    together = no_chains(number, width=max((chains.token_ids_BSR.shape[1] for _, chains in parts), default=1))
+    for rows, chains in parts:
+        width = chains.token_ids_BSR.shape[1]
+        together.token_ids_BSR[rows, :width] = chains.token_ids_BSR
+        together.scores_BSR[rows, :width] = chains.scores_BSR
+        together.lengths_B[rows] = chains.lengths_B
+    return together
 
 
 def _newest(chains: Chains, row: int) -> int:

@@ -18,7 +18,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from slipstream.drafting.chain import ChainDrafter, no_chains
+from slipstream.drafting.chain import ChainDrafter, put_together
 from slipstream.drafting.drafter import DraftContext, LearnedRequest, Lesson, StepLoad
 from slipstream.drafting.economy import LARGEST_BAR, Economy, Took
 from slipstream.drafting.merged_survival import MergedSurvival
@@ -33,6 +33,7 @@ from slipstream_kernels.adjacency import Adjacency
 from slipstream_kernels.chain import ChainWorth
 from slipstream_kernels.merging import DRAFTERS, NO_MATRIX, Chains, Estimates, Merger, Price, Wanted
 from slipstream_kernels.recycling import DEFAULT_RULE
+from slipstream_kernels.sampling import at_position
 
 Source = Literal["chain", "recycling", "lookup", "pool"]
 
@@ -195,6 +196,8 @@ class MergedDrafter:
         matrices, places = self._matrices(contexts)
         wanted = [self._wanted(one, place) for one, place in zip(contexts, places, strict=True)]
         merged = self._merger.grow(wanted, matrices, price, chains=chains)
+        for one in contexts:
+            self._num_known[one.slot] = len(one.token_ids)
         self._take_in(merged.num_judged)
         if self.economy is not None:
             drafted_tokens = merged.expected_tokens - price.num_choosing
@@ -258,7 +261,7 @@ class MergedDrafter:
             found.append((rows, self._chains_of(drafter, [contexts[row] for row in rows], price)))
             for row in rows:
                 versions[row] = drafter.version
-        return _together(found, len(contexts)), versions
+        return put_together(found, len(contexts)), versions
 
     def _chains_of(self, drafter: ChainDrafter, contexts: Sequence[DraftContext], price: Price) -> Chains:
         """What one draft model drafts for its contexts."""
@@ -293,19 +296,18 @@ class MergedDrafter:
         return min(context.max_nodes, self.options.fixed_nodes or context.max_nodes)
 
     def _wanted(self, context: DraftContext, matrix: int) -> Wanted:
-        """The tree that a context wants, whose text up to its last token the merger knows from then on."""
-        slot, token_ids, sampling = context.slot, context.token_ids, context.sampling
-        num_known, self._num_known[slot] = self._num_known[slot], len(token_ids)
+        """The tree that a context wants."""
+        token_ids, sampling = context.token_ids, context.sampling
         return Wanted(
-            slot,
-            token_ids[num_known:],
-            token_ids[-1],
-            shared_row(sampling, position=len(token_ids)),
-            self._max_nodes(context),
-            context.max_depth,
-            matrix,
-            _scope(context.tenant),
-            sampling.stop_token_ids,
+            context.slot,
+            new_ids=token_ids[self._num_known[context.slot] :],
+            root=token_ids[-1],
+            draw=at_position(shared_row(sampling), len(token_ids)),
+            max_nodes=self._max_nodes(context),
+            max_depth=context.max_depth,
+            matrix=matrix,
+            scope=_scope(context.tenant),
+            stop_ids=sampling.stop_token_ids,
         )
 
     def _recycle(self, lesson: Lesson) -> None:
@@ -334,20 +336,6 @@ class MergedDrafter:
                 model.cells(name).refit_if_due()
         for merged in self.merged:
             merged.let_curve_fade()
-
-
-def _together(found: list[tuple[list[int], Chains]], number: int) -> Chains:
-    """The chains of all contexts, from those of some, each with the contexts they are for."""
-    if len(found) == 1 and len(found[0][0]) == number:
-        return found[0][1]
-    width = max((chains.token_ids_BSR.shape[1] for _, chains in found), default=1)
-    together = no_chains(number, width=width)
-    for rows, chains in found:
-        own_width = chains.token_ids_BSR.shape[1]
-        together.token_ids_BSR[rows, :own_width] = chains.token_ids_BSR
-        together.scores_BSR[rows, :own_width] = chains.scores_BSR
-        together.lengths_B[rows] = chains.lengths_B
-    return together
 
 
 def _towards(newest: float, mean: float | None) -> float:

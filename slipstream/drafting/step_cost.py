@@ -228,8 +228,8 @@ class StepCost:
             least_share = max(float(added.min(initial=np.inf) / line[0]), 0.0)
             pace_shares = np.interp(self._padded(rows), self._rows, self._table.pace_line(context_tokens))
             self._lines[key] = NodeCosts(line, least_share, pace_shares)
-        line, least_share, pace_shares = self._lines[key]
-        return NodeCosts(line * self._table.pace, least_share, pace_shares)
+        costs = self._lines[key]
+        return NodeCosts(costs.seconds * self._table.pace, costs.least_share, costs.pace_shares)
 
     def observe(
         self, *, num_rows: int, context_tokens: float, seconds: float, num_experts: float | None = None

@@ -106,9 +106,9 @@ def draft_rows(draws: Sequence[Draw], positions: Sequence[int]) -> SampleRows:
     return sample_rows([shared_row(one) for one in draws], positions)
 
 
-def shared_row(draw: Draw, *, position: int = 0) -> bytes:
+def shared_row(draw: Draw) -> bytes:
     """The sample row whose noise is the target's own, without filters: for trees, beams and chains of fixed length."""
-    return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index, position=position)
+    return row_bytes(seed=draw.seed, temperature=draw.temperature, sample_index=draw.sample_index)
 
 
 def adjusted(logits_XV: Tensor, requests: Sequence[RowsOfRequest]) -> Tensor:

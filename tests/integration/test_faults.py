@@ -213,7 +213,7 @@ def test_the_versions_lineage_is_exactly_what_the_log_acknowledged(deployment: D
     in_versions: Counter[str] = Counter()
     for registered in versions:
         for one in registered.lineage.offsets:
-            assert one.start == ends.get(one.partition, 0), f"{registered} leaves a gap or covers an offset again"
+            assert one.start == ends.get(one.partition, 0), f"version {registered.version} leaves a gap or overlaps"
             ends[one.partition] = one.end
         path = Path(registered.artifact_uri.removeprefix("file://")) / "lineage.json"
         in_versions.update(msgspec.json.decode(path.read_bytes(), type=LineageFile).observation_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -11,10 +12,11 @@ from slipstream.drafting.budget import DrawnNodes, choose_nodes
 from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.survival import SurvivalModel
+from slipstream_kernels.adjacency import Adjacency
 from slipstream_kernels.lookup import OutputPool
 from slipstream_kernels.merging import DRAFTERS, NO_MATRIX, Chains, Estimates, Merged, Merger, Price, Wanted
 from slipstream_kernels.recycling import DEFAULT_RULE
-from slipstream_kernels.sampling import NUM_CHOICES, row_bytes, sample_rows
+from slipstream_kernels.sampling import NUM_CHOICES, at_position, row_bytes, sample_rows
 from tests.kernels.merging_oracle import MATCHING, Continued, Models, Request, grown, meetings, proposals, survival_of
 from tests.unit.lookup_oracle import SuffixAutomaton
 
@@ -24,6 +26,9 @@ STOP_IDS = ((5,), (), (2, 9))
 """The tokens that end each request's output."""
 RATE = 4.0
 """Tokens a second."""
+PLACES = 0, 1, 0
+"""The matrix that each request drafts from."""
+NOWHERE = (NO_MATRIX,) * NUM_REQUESTS
 
 
 def model_of(rng: np.random.Generator) -> SurvivalModel:
@@ -59,11 +64,7 @@ class World:
         self.greedy, self.sampled = Models(model_of(rng), merged_of(rng)), Models(model_of(rng), merged_of(rng))
         self.models = self.sampled if temperature else self.greedy
         self.max_nodes = max_nodes
-        recycling = RecyclingDrafter(VOCAB)
-        rows = rng.permutation(VOCAB)[: VOCAB - 2].astype(np.int32)
-        ids = np.array([rng.permutation(VOCAB)[:8] for _ in rows], np.int32)
-        recycling.observe(rows, ids, np.sort(-rng.exponential(2.0, ids.shape))[:, ::-1])
-        self.matrix = recycling.matrices_of([""])[0][0]
+        self.matrices = [self._matrix(), self._matrix()]
         self.merger = Merger(
             num_slots=NUM_REQUESTS,
             max_nodes=max_nodes,
@@ -78,6 +79,14 @@ class World:
         self.chains = [[self._choices() for _ in range(number)] for number in (3, 0, 4)]
         self.limits = [(max_nodes, max_depth), (4, max_depth), (max_nodes, 2)]
 
+    def _matrix(self) -> Adjacency:
+        """A Token Recycling matrix that knows most tokens."""
+        recycling, rng = RecyclingDrafter(VOCAB), self.rng
+        rows = rng.permutation(VOCAB)[: VOCAB - 2].astype(np.int32)
+        ids = np.array([rng.permutation(VOCAB)[:8] for _ in rows], np.int32)
+        recycling.observe(rows, ids, np.sort(-rng.exponential(2.0, ids.shape))[:, ::-1])
+        return recycling.matrices_of([""])[0][0]
+
     def _choices(self) -> list[tuple[int, float]]:
         """One or two different tokens for a place of a chain, and how sure a draft is of them."""
         ids, scores = self.rng.permutation(VOCAB), self.rng.random(2)
@@ -86,10 +95,10 @@ class World:
 
     def draw(self, request: int) -> bytes:
         """How this request's first drafted token is drawn."""
-        return row_bytes(seed=7 + request, temperature=self.temperature, position=len(self.texts[request]))
+        return at_position(row_bytes(seed=7 + request, temperature=self.temperature), len(self.texts[request]))
 
-    def wanted(self, *, num_known: int = 0, matrix: int = 0) -> list[Wanted]:
-        """Trees for all requests, their texts new behind `num_known` tokens."""
+    def wanted(self, *, num_known: int = 0, places: Sequence[int] = PLACES) -> list[Wanted]:
+        """Trees for all requests, their texts new behind `num_known` tokens, from the matrices in these places."""
         return [
             Wanted(
                 slot,
@@ -97,7 +106,7 @@ class World:
                 text[-1],
                 self.draw(slot),
                 *self.limits[slot],
-                matrix=matrix,
+                matrix=places[slot],
                 stop_ids=STOP_IDS[slot],
             )
             for slot, text in enumerate(self.texts)
@@ -117,7 +126,7 @@ class World:
 
     def grow(self, price: Price, *, num_known: int = 0) -> Merged:
         """The trees of all requests, from all there is."""
-        return self.merger.grow(self.wanted(num_known=num_known), [self.matrix], price, chains=self.drafted())
+        return self.merger.grow(self.wanted(num_known=num_known), self.matrices, price, chains=self.drafted())
 
     def go_on(self, token_ids: list[int]) -> int:
         """The first request goes on with these tokens and is asked for another tree; how many candidates that judged.
@@ -132,8 +141,10 @@ class World:
         draws = [self.draw(request) for request in range(NUM_REQUESTS)]
         draws_B = sample_rows(draws, [len(text) for text in self.texts])
         return [
-            Request(text[-1], chain, continued(text), self.matrix, draws_B[place], *limits, STOP_IDS[place])
-            for place, (text, chain, limits) in enumerate(zip(self.texts, self.chains, self.limits, strict=True))
+            Request(text[-1], chain, continued(text), self.matrices[place], draws_B[slot], *limits, STOP_IDS[slot])
+            for slot, (text, chain, limits, place) in enumerate(
+                zip(self.texts, self.chains, self.limits, PLACES, strict=True)
+            )
         ]
 
 
@@ -306,7 +317,7 @@ def test_a_kept_output_is_found_by_its_scope_alone(isa: str) -> None:
     everything = Price(np.ones(31), 0.0, NUM_REQUESTS)
     world.texts = [[9, 8, 7, 6], [9, 8, 7, 6], [9, 8, 7, 6]]
     world.merger.keep(5, [9, 8, 7, 6, 11, 10, 11])
-    wanted = [one._replace(scope=scope) for one, scope in zip(world.wanted(matrix=NO_MATRIX), (5, 6, 5), strict=True)]
+    wanted = [one._replace(scope=scope) for one, scope in zip(world.wanted(places=NOWHERE), (5, 6, 5), strict=True)]
     merged = trees(world.merger.grow(wanted, [], everything))
     assert merged == [[(11,), (11, 10), (11, 10, 11)], [], [(11,), (11, 10)]]
 
@@ -342,7 +353,7 @@ def test_a_request_that_can_only_end_gets_no_tree_and_is_judged(isa: str) -> Non
     world = World(9, temperature=0.0)
     world.chains = [[[(5, 0.9)]], [], []]
     world.texts = [[1, 2, 3]] * NUM_REQUESTS
-    wanted, everything = world.wanted(matrix=NO_MATRIX), Price(np.ones(31), 0.0, NUM_REQUESTS)
+    wanted, everything = world.wanted(places=NOWHERE), Price(np.ones(31), 0.0, NUM_REQUESTS)
     assert trees(world.merger.grow(wanted, [], everything, chains=world.drafted()))[0] == []
     assert world.merger.end(0, [5]) == 1
 
@@ -350,7 +361,7 @@ def test_a_request_that_can_only_end_gets_no_tree_and_is_judged(isa: str) -> Non
 @pytest.mark.parametrize(("matrix", "root"), [(1, 0), (0, VOCAB), (0, -1)])
 def test_a_request_without_a_root_or_matrix_is_refused(isa: str, matrix: int, root: int) -> None:
     world = World(1, temperature=0.0)
-    wanted = world.wanted()
+    wanted = world.wanted(places=(0, 0, 0))
     wanted[1] = wanted[1]._replace(matrix=matrix, root=root)
     with pytest.raises(ValueError, match=f"\\[{matrix}, {root}, 4, 5\\]; expected one of 1 matrices"):
-        world.merger.grow(wanted, [world.matrix], Price(np.ones(31), 0.0, NUM_REQUESTS))
+        world.merger.grow(wanted, world.matrices[:1], Price(np.ones(31), 0.0, NUM_REQUESTS))

@@ -11,6 +11,16 @@
 namespace SLIPSTREAM_ISA {
 namespace {
 
+// The tokens that end a request's output: `sampling.StopTokens`, field by field; those of request b end before ends[b].
+struct StopTokens {
+    const int32_t *ids, *ends;
+
+    bool has(int32_t request, int32_t token) const {
+        const int32_t first = request > 0 ? ends[request - 1] : 0;
+        return std::find(ids + first, ids + ends[request], token) != ids + ends[request];
+    }
+};
+
 // `chain._ChainPlan`, field by field; B requests, in the order of the first pass's rows of logits.
 struct ChainPlan {
     int32_t num_requests, width;  // of `tokens` and `scores`

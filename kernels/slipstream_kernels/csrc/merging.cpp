@@ -19,7 +19,7 @@ enum Drafter : int32_t { kChain, kRecycling, kLookup, kPool, kNumDrafters };
 
 int32_t source_of(int32_t drafter) { return std::min(drafter, int32_t(kLookup)); }
 
-// What the candidates of one drafter are worth at one kind of temperature: `merging.Cells`, field by field.
+// What the candidates of one drafter are worth at one kind of temperature: `merging._Cells`, field by field.
 struct Cells {
     const double* survivals;   // [ranks, depths, levels]: estimates
     double *tried, *accepted;  // the same shape: counts since the estimates were made
@@ -99,6 +99,7 @@ struct Request {
 
     bool is_sampled() const { return draw.temperature != 0.0; }
 };
+static_assert(sizeof(Request) == 88, "merging._REQUEST has another size");
 
 // What stays between calls: `merging._Plan`, field by field.
 struct Plan {
@@ -126,16 +127,17 @@ struct Step {
     double token_rate, min_survival;
     int32_t num_requests, num_choosing, num_matrices, id_bytes, chain_width, max_step_nodes;
 };
+static_assert(sizeof(Step) == 80, "merging._STEP has another size");
 
 // A step with its requests and matrices.
-struct Asked {
+struct Wanted {
     const Step& step;
     const Request* requests;
     const MatrixAddresses* matrices;
 
     // Where the ids of a request begin: behind those of the one before it.
-    const int32_t* new_ids(int32_t request) const {
-        return step.ids + (request > 0 ? requests[request - 1].stop_end : 0);
+    const int32_t* new_ids(int32_t index) const {
+        return step.ids + (index > 0 ? requests[index - 1].stop_end : 0);
     }
 };
 
@@ -151,23 +153,23 @@ struct Merger {
 // Grows the tree of one request, best first.
 class Growth {
    public:
-    Growth(const Plan& plan, const Asked& asked, int32_t place, Merger& merger)
-        : request_(asked.requests[place]),
+    Growth(const Plan& plan, const Wanted& wanted, int32_t index, Merger& merger)
+        : request_(wanted.requests[index]),
           slot_(merger.slots[size_t(request_.slot)]),
-          stops_(asked.step.ids + request_.new_end),
-          stops_end_(asked.step.ids + request_.stop_end),
+          stops_(wanted.step.ids + request_.new_end),
+          stops_end_(wanted.step.ids + request_.stop_end),
           cells_(plan.cells + (request_.is_sampled() ? kNumDrafters : 0)),
           merged_(plan.merged[request_.is_sampled()]),
-          min_survival_(asked.step.min_survival),
+          min_survival_(wanted.step.min_survival),
           has_matrix_(request_.matrix >= 0),
-          matrix_(matrix_of(plan, asked, request_)),
+          matrix_(matrix_of(plan, wanted, request_)),
           scorer_(matrix_, request_.draw, *plan.rule) {
-        const Step& step = asked.step;
+        const Step& step = wanted.step;
         if (step.chain_lengths != nullptr) {
-            const int64_t first = int64_t(place) * step.chain_width * kNumChoices;
+            const int64_t first = int64_t(index) * step.chain_width * kNumChoices;
             chain_tokens_ = step.chain_tokens + first;
             chain_scores_ = step.chain_scores + first;
-            chain_length_ = step.chain_lengths[place];
+            chain_length_ = step.chain_lengths[index];
         }
         slot_.forget_tree();
         slot_.is_sampled = request_.is_sampled();
@@ -194,10 +196,10 @@ class Growth {
     }
 
    private:
-    static Matrix matrix_of(const Plan& plan, const Asked& asked, const Request& request) {
-        if (request.matrix < 0) return {nullptr, nullptr, asked.step.id_bytes, plan.vocab_size};
-        const MatrixAddresses& found = asked.matrices[request.matrix];
-        return {found.ids, found.logprobs, asked.step.id_bytes, plan.vocab_size};
+    static Matrix matrix_of(const Plan& plan, const Wanted& wanted, const Request& request) {
+        if (request.matrix < 0) return {nullptr, nullptr, wanted.step.id_bytes, plan.vocab_size};
+        const MatrixAddresses& found = wanted.matrices[request.matrix];
+        return {found.ids, found.logprobs, wanted.step.id_bytes, plan.vocab_size};
     }
 
     void add_texts(Drafter drafter, int32_t number) {
@@ -344,12 +346,12 @@ struct Place {
 };
 
 // The nodes of all requests by falling survival, parents first; `budget.py` shows that the best set is a prefix.
-std::vector<Place> by_survival(const Asked& asked, const Merger& merger) {
+std::vector<Place> by_survival(const Wanted& wanted, const Merger& merger) {
     std::vector<Place> places;
-    for (int32_t request = 0; request < asked.step.num_requests; ++request) {
-        const std::vector<Node>& nodes = merger.slots[size_t(asked.requests[request].slot)].nodes;
+    for (int32_t index = 0; index < wanted.step.num_requests; ++index) {
+        const std::vector<Node>& nodes = merger.slots[size_t(wanted.requests[index].slot)].nodes;
         for (int32_t node = 1; node < int32_t(nodes.size()); ++node) {
-            places.push_back({nodes[size_t(node)].survival, request, node});
+            places.push_back({nodes[size_t(node)].survival, index, node});
         }
     }
     std::stable_sort(places.begin(), places.end(),
@@ -376,18 +378,18 @@ size_t best_number(const Step& step, const std::vector<Place>& places, double& b
     return best;
 }
 
-void write_trees(const Plan& plan, const Asked& asked, const Merger& merger, const std::vector<Place>& places,
+void write_trees(const Plan& plan, const Wanted& wanted, const Merger& merger, const std::vector<Place>& places,
                  size_t number) {
     static thread_local std::vector<std::vector<int32_t>> numbers;  // of the chosen nodes, per request; -1: left out
-    numbers.resize(std::max(numbers.size(), size_t(asked.step.num_requests)));
-    for (int32_t request = 0; request < asked.step.num_requests; ++request) {
-        numbers[size_t(request)].assign(merger.slots[size_t(asked.requests[request].slot)].nodes.size(), -1);
+    numbers.resize(std::max(numbers.size(), size_t(wanted.step.num_requests)));
+    for (int32_t index = 0; index < wanted.step.num_requests; ++index) {
+        numbers[size_t(index)].assign(merger.slots[size_t(wanted.requests[index].slot)].nodes.size(), -1);
     }
     for (size_t one = 0; one < number; ++one) numbers[size_t(places[one].request)][size_t(places[one].node)] = 0;
     int32_t end = 0;
-    for (int32_t request = 0; request < asked.step.num_requests; ++request) {
-        const std::vector<Node>& nodes = merger.slots[size_t(asked.requests[request].slot)].nodes;
-        std::vector<int32_t>& places_of = numbers[size_t(request)];
+    for (int32_t index = 0; index < wanted.step.num_requests; ++index) {
+        const std::vector<Node>& nodes = merger.slots[size_t(wanted.requests[index].slot)].nodes;
+        std::vector<int32_t>& places_of = numbers[size_t(index)];
         const int32_t first = end;
         for (size_t node = 1; node < nodes.size(); ++node) {
             if (places_of[node] < 0) continue;
@@ -395,7 +397,7 @@ void write_trees(const Plan& plan, const Asked& asked, const Merger& merger, con
             plan.tokens[end] = nodes[node].token;
             plan.parents[end++] = nodes[node].parent > 0 ? places_of[size_t(nodes[node].parent)] : kRoot;
         }
-        plan.ends[request] = end;
+        plan.ends[index] = end;
     }
 }
 
@@ -460,23 +462,23 @@ int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address, c
     Merger& merger = *static_cast<Merger*>(handle);
     const Plan& plan = *static_cast<const Plan*>(plan_address);
     const Step& step = *static_cast<const Step*>(step_address);
-    const Asked asked{step, static_cast<const Request*>(requests), static_cast<const MatrixAddresses*>(matrices)};
-    for (int32_t place = 0; place < step.num_requests; ++place) {
-        const Request& request = asked.requests[place];
-        if (request.matrix >= step.num_matrices || request.root < 0 || request.root >= plan.vocab_size) return place;
+    const Wanted wanted{step, static_cast<const Request*>(requests), static_cast<const MatrixAddresses*>(matrices)};
+    for (int32_t index = 0; index < step.num_requests; ++index) {
+        const Request& request = wanted.requests[index];
+        if (request.matrix >= step.num_matrices || request.root < 0 || request.root >= plan.vocab_size) return index;
     }
     int64_t num_trials = 0;
-    for (int32_t place = 0; place < step.num_requests; ++place) {
-        const Request& request = asked.requests[place];
-        const int32_t* const new_ids = asked.new_ids(place);
+    for (int32_t index = 0; index < step.num_requests; ++index) {
+        const Request& request = wanted.requests[index];
+        const int32_t* const new_ids = wanted.new_ids(index);
         const auto num_new = int32_t(step.ids + request.new_end - new_ids);
         Slot& slot = merger.slots[size_t(request.slot)];
         num_trials += judge(plan, slot, new_ids, num_new);
         slot.text.extend(new_ids, num_new);
     }
-    for (int32_t place = 0; place < step.num_requests; ++place) Growth(plan, asked, place, merger).run();
-    const std::vector<Place> places = by_survival(asked, merger);
-    write_trees(plan, asked, merger, places, best_number(step, places, plan.figures[0]));
+    for (int32_t index = 0; index < step.num_requests; ++index) Growth(plan, wanted, index, merger).run();
+    const std::vector<Place> places = by_survival(wanted, merger);
+    write_trees(plan, wanted, merger, places, best_number(step, places, plan.figures[0]));
     plan.figures[1] = double(num_trials);
     return -1;
 }
