@@ -97,7 +97,7 @@ class Wanted(NamedTuple):
 
     `slot` tells requests apart between calls; the text went on with `new_ids` since the last one, and ends with `root`.
     `draw` is a row of `sampling.row_bytes` at the position of the first drafted token, `matrix` which of the matrices
-    to draft from. `scope`, in [0, 2**64), says whose past outputs the request may find, `stop_ids` what ends its output.
+    to draft from. `scope`, in [0, 2**64), says whose past outputs the request may find, `stop_ids` what ends it.
     """
 
     slot: int
