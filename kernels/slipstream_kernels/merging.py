@@ -214,7 +214,7 @@ class Merger:
         self._cells = (_Cells * len(cells))(*cells)
         self._merged = (_MergedWeights * 2)(*(_weights_of(one.merged) for one in self._kept_alive))
         self._rule = (ctypes.c_double * (len(rule) - 1 + WIDTH))(*rule[:-1], *rule.rank_probs)
-        self._plan = plan = _Plan(
+        self._plan = _Plan(
             vocab_size=vocab_size,
             drafters=sum(1 << place for place, name in enumerate(DRAFTERS) if name in drafters),
             rule=ctypes.addressof(self._rule),
@@ -225,7 +225,7 @@ class Merger:
             ends=address_of(self._ends),
             figures=address_of(self._figures),
         )
-        self._plan_address = ctypes.addressof(plan)
+        self._plan_address = ctypes.addressof(self._plan)
 
     def grow(
         self, wanted: Sequence[Wanted], matrices: Sequence[Adjacency], price: Price, *, chains: Chains | None = None

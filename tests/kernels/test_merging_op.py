@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from slipstream.drafting.budget import DrawnNodes, choose_nodes
+from slipstream.drafting.chain import no_chains
 from slipstream.drafting.merged_survival import MergedSurvival
 from slipstream.drafting.recycling import RecyclingDrafter
 from slipstream.drafting.survival import SurvivalModel
@@ -16,7 +17,7 @@ from slipstream_kernels.adjacency import Adjacency
 from slipstream_kernels.lookup import OutputPool
 from slipstream_kernels.merging import DRAFTERS, NO_MATRIX, Chains, Estimates, Merged, Merger, Price, Wanted
 from slipstream_kernels.recycling import DEFAULT_RULE
-from slipstream_kernels.sampling import NUM_CHOICES, at_position, row_bytes, sample_rows
+from slipstream_kernels.sampling import at_position, row_bytes, sample_rows
 from tests.kernels.merging_oracle import MATCHING, Continued, Models, Request, grown, meetings, proposals, survival_of
 from tests.unit.lookup_oracle import SuffixAutomaton
 
@@ -114,8 +115,7 @@ class World:
 
     def drafted(self) -> Chains:
         """The chains as a draft hands them over."""
-        shape = NUM_REQUESTS, 4, NUM_CHOICES
-        chains = Chains(np.full(shape, -1, np.int32), np.zeros(shape), np.zeros(NUM_REQUESTS, np.int32))
+        chains = no_chains(NUM_REQUESTS, width=4)
         for request, chain in enumerate(self.chains):
             chains.lengths_B[request] = len(chain)
             for place, choices in enumerate(chain):
