@@ -221,7 +221,8 @@ def _warm_runners(
     prompts: list[Prompt] = training_prompts(QUERIES, tokenizer, per_domain=sum(WARM_UP_GROUPS), seed=SEED + 1)
     queries = [Query(prompt=one, seed=index, answer_tokens=0) for index, one in enumerate(prompts)]
     first = 0
-    for number in WARM_UP_GROUPS:
+    for place, number in enumerate(WARM_UP_GROUPS):
+        progress(f"warming up {len(runners)} systems, group {place + 1} of {len(WARM_UP_GROUPS)}: {number} requests")
         serve_by_turns(runners, queries[first : first + number], temperature)
         first += number
     return runners

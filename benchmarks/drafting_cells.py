@@ -6,7 +6,7 @@ import math
 
 import msgspec
 
-from benchmarks.drafting_figures import ceiling, over_best_fixed, ratio_bounds, time_ratio
+from benchmarks.drafting_figures import ceiling, over_best_fixed, ratio_bounds, spread, time_ratio
 from benchmarks.drafting_systems import ADAPTED, PLAIN, Query, Served, System, is_fixed
 
 
@@ -67,6 +67,11 @@ def over_best_fixed_of(cell: Cell, system: str, *, with_draft: bool) -> tuple[fl
     """`over_best_fixed`; plain decoding is a setting too."""
     names = [PLAIN, *_fixed_settings(cell, with_draft=with_draft)]
     return over_best_fixed({name: seconds(cell, name) for name in names}, seconds(cell, system))
+
+
+def plain_spread(cell: Cell) -> float:
+    """`spread` of plain decoding's passes, which all have one row at batch 1."""
+    return spread([one for served in cell.served[PLAIN] for one in served.pass_times_s])
 
 
 def num_differing(cell: Cell, system: str) -> int:

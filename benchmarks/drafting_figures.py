@@ -1,4 +1,4 @@
-"""What measured turns add up to: loops, ratios and their bounds, ceilings, and the best fixed setting."""
+"""What measured turns add up to: loops, ratios and bounds, ceilings, the best fixed setting, how passes vary."""
 
 from __future__ import annotations
 
@@ -73,6 +73,12 @@ def over_best_fixed(fixed_s: Mapping[str, Sequence[float]], system_s: Sequence[f
         theirs += sum(fixed_s[best][group] for group in comparing)
         ours += sum(system_s[group] for group in comparing)
     return theirs / ours, (chosen[0], chosen[1])
+
+
+def spread(pass_times_s: Sequence[float]) -> float:
+    """Mean of |median - time| / time: how far a prediction is off that knows the median of passes in advance."""
+    times = np.asarray(pass_times_s, np.float64)
+    return float(np.mean(np.abs(np.median(times) - times) / times))
 
 
 def _check_paired(plain_s: Sequence[float], system_s: Sequence[float]) -> None:

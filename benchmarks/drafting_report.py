@@ -16,6 +16,7 @@ from benchmarks.drafting_cells import (
     over_best_fixed_of,
     over_best_llama,
     over_faster_plain,
+    plain_spread,
     seconds,
     speed_up,
     speed_up_bounds,
@@ -99,6 +100,7 @@ def _summary(cells: Sequence[Cell]) -> Table:
                 f"{ceiling_of(cell, with_draft=False)[1]:.2f}",
                 _with_bounds(cell, UNTRAINED),
                 f"{over_best_llama(cell):.2f}" if cell.llama_over_plain else "",
+                f"{plain_spread(cell):.1%}" if cell.batch == 1 else "",
                 _remarks(cell),
             )
         )
@@ -112,10 +114,12 @@ def _summary(cells: Sequence[Cell]) -> Table:
             "ceiling, nothing trained",
             "nothing trained over plain",
             "adapted over best llama.cpp",
+            "plain passes off their median",
             "remarks",
         ),
         rows=tuple(rows),
-        caption=f"The budgeted merge, time of the others over its own, with bounds of 95 %; {WIDENED}.",
+        caption=f"The budgeted merge, time of the others over its own, with bounds of 95 %; {WIDENED}. How far plain "
+        "passes are off their median says what a prediction of one row's time would err that knew it in advance.",
     )
 
 

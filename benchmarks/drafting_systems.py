@@ -76,12 +76,12 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
 class Served(msgspec.Struct, frozen=True, kw_only=True):
     """What a system did with one group after every request had its first token.
 
-    `seconds` is the time of its steps and `pass_s` the part inside the target's passes. A call is a request's share of
-    a step. `experts` is the mean number of distinct experts of a layer in a step, 0 for a dense target.
+    `seconds` is the time of its steps, and `pass_times_s` what the target's pass took in each. A call is a request's
+    share of a step. `experts` is the mean number of distinct experts of a layer in a step, 0 for a dense target.
     """
 
     seconds: float
-    pass_s: float
+    pass_times_s: tuple[float, ...]
     num_steps: int
     num_calls: int
     num_tokens: int
@@ -89,6 +89,11 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted: int
     experts: float
     token_ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def pass_s(self) -> float:
+        """The time of all passes."""
+        return sum(self.pass_times_s)
 
 
 class SharedDecoder:
@@ -129,7 +134,8 @@ class DecoderPart:
     def __init__(self, decoder: PagedDecoder, *, first_block: int, first_node_slot: int) -> None:
         self.config = decoder.config
         self.is_exact = decoder.is_exact
-        self.pass_s = self.moving_s = 0.0
+        self.pass_times_s: list[float] = []
+        self.moving_s = 0.0
         self._decoder = decoder
         self._first_block = first_block
         self._first_node_slot = first_node_slot
@@ -147,7 +153,7 @@ class DecoderPart:
         )
         started = time.perf_counter()
         self._last = self._decoder.forward(moved)
-        self.pass_s += time.perf_counter() - started
+        self.pass_times_s.append(time.perf_counter() - started)
         self.moving_s += started - began
         return self._last
 
@@ -206,7 +212,8 @@ class Runner:
             self.engine.step()
         self._num_first = [len(blocks) for blocks in self._blocks]
         self._seconds, self._num_steps, self._experts = 0.0, 0, 0.0
-        self._part.pass_s = self._part.moving_s = 0.0
+        self._part.pass_times_s.clear()
+        self._part.moving_s = 0.0
         self._count()
 
     def take_turn(self) -> None:
@@ -229,7 +236,7 @@ class Runner:
         calls = [one for blocks, first in zip(self._blocks, self._num_first, strict=True) for one in blocks[first:]]
         return Served(
             seconds=self._seconds - self._part.moving_s,
-            pass_s=self._part.pass_s,
+            pass_times_s=tuple(self._part.pass_times_s),
             num_steps=self._num_steps,
             num_calls=len(calls),
             num_tokens=sum(len(one.token_ids) for one in calls),

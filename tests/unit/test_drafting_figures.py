@@ -12,6 +12,7 @@ from benchmarks.drafting_figures import (
     is_loop,
     over_best_fixed,
     ratio_bounds,
+    spread,
     time_ratio,
 )
 
@@ -82,3 +83,8 @@ def test_the_best_fixed_setting_is_chosen_on_one_half_and_compared_on_the_other(
 
 def test_a_single_group_is_compared_with_what_is_best_in_it() -> None:
     assert over_best_fixed({"a": [3.0], "b": [2.0]}, [4.0]) == (0.5, ("b", "b"))
+
+
+def test_times_that_are_all_the_same_have_no_spread_and_slow_ones_are_off_by_a_share_of_themselves() -> None:
+    assert spread([3.0, 3.0, 3.0]) == 0.0
+    assert spread([1.0, 2.0, 4.0]) == pytest.approx((1.0 + 0.0 + 0.5) / 3)
