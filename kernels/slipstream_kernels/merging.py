@@ -232,10 +232,11 @@ class Merger:
     ) -> Merged:
         """A tree for each request, from its chain among others; what it returns is overwritten by the next call.
 
-        Nodes of all requests together are at most those of all slots. Raises ValueError for a root that is no token of
-        the vocabulary, or a matrix that is not there.
+        The price is of no more nodes than all slots have. Raises ValueError for a root that is no token of the
+        vocabulary, or a slot or matrix that is not there.
         """
         assert len(wanted) <= len(self._ends), (len(wanted), len(self._ends))
+        assert len(price.step_s) - 1 <= len(self._tokens), (len(price.step_s), len(self._tokens))
         assert chains is None or len(chains.lengths_B) == len(wanted), len(wanted)
         ids = array("i")
         requests = b"".join([_packed(one, ids) for one in wanted])
@@ -261,8 +262,8 @@ class Merger:
         if bad_request >= 0:
             bad = wanted[bad_request]
             raise ValueError(
-                f"(matrix, root, nodes, depth) is {[bad.matrix, bad.root, bad.max_nodes, bad.max_depth]}; expected one "
-                f"of {len(matrices)} matrices or {NO_MATRIX}, and a token of 0..{self._vocab_size - 1}"
+                f"(slot, matrix, root) is {[bad.slot, bad.matrix, bad.root]}; expected one of {len(self._ends)} slots, "
+                f"one of {len(matrices)} matrices or {NO_MATRIX}, and a token of 0..{self._vocab_size - 1}"
             )
         end = int(self._ends[len(wanted) - 1]) if wanted else 0
         expected_tokens, num_judged = self._figures.tolist()
@@ -275,6 +276,7 @@ class Merger:
 
         What comes last is what looks like going on and does not: without it estimates would be too high.
         """
+        assert 0 <= slot < len(self._ends), (slot, len(self._ends))
         ids = array("i", token_ids)
         return self._end(  # type: ignore[no-any-return]
             self._handle, self._plan_address, slot, ids.buffer_info()[0], len(ids)
@@ -282,6 +284,7 @@ class Merger:
 
     def release(self, slot: int) -> None:
         """The request in this slot has left; its text is forgotten."""
+        assert 0 <= slot < len(self._ends), (slot, len(self._ends))
         self._release(self._handle, slot)
 
     def keep(self, scope: int, token_ids: Sequence[int]) -> None:

@@ -358,10 +358,13 @@ def test_a_request_that_can_only_end_gets_no_tree_and_is_judged(isa: str) -> Non
     assert world.merger.end(0, [5]) == 1
 
 
-@pytest.mark.parametrize(("matrix", "root"), [(1, 0), (0, VOCAB), (0, -1)])
-def test_a_request_without_a_root_or_matrix_is_refused(isa: str, matrix: int, root: int) -> None:
+@pytest.mark.parametrize(
+    ("slot", "matrix", "root"), [(1, 1, 0), (1, 0, VOCAB), (1, 0, -1), (NUM_REQUESTS, 0, 0), (-1, 0, 0)]
+)
+def test_a_request_without_a_slot_root_or_matrix_is_refused(isa: str, slot: int, matrix: int, root: int) -> None:
     world = World(1, temperature=0.0)
     wanted = world.wanted(places=(0, 0, 0))
-    wanted[1] = wanted[1]._replace(matrix=matrix, root=root)
-    with pytest.raises(ValueError, match=f"\\[{matrix}, {root}, 4, 5\\]; expected one of 1 matrices"):
+    wanted[1] = wanted[1]._replace(slot=slot, matrix=matrix, root=root)
+    expected = f"\\[{slot}, {matrix}, {root}\\]; expected one of {NUM_REQUESTS} slots, one of 1 matrices"
+    with pytest.raises(ValueError, match=expected):
         world.merger.grow(wanted, world.matrices[:1], Price(np.ones(31), 0.0, NUM_REQUESTS))

@@ -130,7 +130,7 @@ struct Step {
 static_assert(sizeof(Step) == 80, "merging._STEP has another size");
 
 // A step with its requests and matrices.
-struct Wanted {
+struct Call {
     const Step& step;
     const Request* requests;
     const MatrixAddresses* matrices;
@@ -153,18 +153,17 @@ struct Merger {
 // Grows the tree of one request, best first.
 class Growth {
    public:
-    Growth(const Plan& plan, const Wanted& wanted, int32_t index, Merger& merger)
-        : request_(wanted.requests[index]),
+    Growth(const Plan& plan, const Call& call, int32_t index, Merger& merger)
+        : request_(call.requests[index]),
           slot_(merger.slots[size_t(request_.slot)]),
-          stops_(wanted.step.ids + request_.new_end),
-          stops_end_(wanted.step.ids + request_.stop_end),
+          stops_(call.step.ids + request_.new_end),
+          stops_end_(call.step.ids + request_.stop_end),
           cells_(plan.cells + (request_.is_sampled() ? kNumDrafters : 0)),
           merged_(plan.merged[request_.is_sampled()]),
-          min_survival_(wanted.step.min_survival),
-          has_matrix_(request_.matrix >= 0),
-          matrix_(matrix_of(plan, wanted, request_)),
+          min_survival_(call.step.min_survival),
+          matrix_(matrix_of(plan, call, request_)),
           scorer_(matrix_, request_.draw, *plan.rule) {
-        const Step& step = wanted.step;
+        const Step& step = call.step;
         if (step.chain_lengths != nullptr) {
             const int64_t first = int64_t(index) * step.chain_width * kNumChoices;
             chain_tokens_ = step.chain_tokens + first;
@@ -196,10 +195,10 @@ class Growth {
     }
 
    private:
-    static Matrix matrix_of(const Plan& plan, const Wanted& wanted, const Request& request) {
-        if (request.matrix < 0) return {nullptr, nullptr, wanted.step.id_bytes, plan.vocab_size};
-        const MatrixAddresses& found = wanted.matrices[request.matrix];
-        return {found.ids, found.logprobs, wanted.step.id_bytes, plan.vocab_size};
+    static Matrix matrix_of(const Plan& plan, const Call& call, const Request& request) {
+        if (request.matrix < 0) return {nullptr, nullptr, call.step.id_bytes, plan.vocab_size};
+        const MatrixAddresses& found = call.matrices[request.matrix];
+        return {found.ids, found.logprobs, call.step.id_bytes, plan.vocab_size};
     }
 
     void add_texts(Drafter drafter, int32_t number) {
@@ -213,7 +212,7 @@ class Growth {
         first_meeting_ = slot_.meetings.size();
         if ((node.agreeing & 1) && node.depth < chain_length_) follow_chain(node.depth, depth);
         look_up(node, depth);
-        if (has_matrix_) recycle(node, depth);
+        if (matrix_.ids != nullptr) recycle(node, depth);
         merge(index, depth);
         slot_.nodes[size_t(index)].proposals = {int32_t(first_proposal_), int32_t(slot_.proposals.size())};
         slot_.nodes[size_t(index)].meetings = {int32_t(first_meeting_), int32_t(slot_.meetings.size())};
@@ -325,7 +324,6 @@ class Growth {
     const double* chain_scores_ = nullptr;
     int32_t chain_length_ = 0;
     const double min_survival_;
-    const bool has_matrix_;
     const Matrix matrix_;
     Scorer scorer_;
     Continuation found_[kMaxContinuations];
@@ -346,10 +344,10 @@ struct Place {
 };
 
 // The nodes of all requests by falling survival, parents first; `budget.py` shows that the best set is a prefix.
-std::vector<Place> by_survival(const Wanted& wanted, const Merger& merger) {
+std::vector<Place> by_survival(const Call& call, const Merger& merger) {
     std::vector<Place> places;
-    for (int32_t index = 0; index < wanted.step.num_requests; ++index) {
-        const std::vector<Node>& nodes = merger.slots[size_t(wanted.requests[index].slot)].nodes;
+    for (int32_t index = 0; index < call.step.num_requests; ++index) {
+        const std::vector<Node>& nodes = merger.slots[size_t(call.requests[index].slot)].nodes;
         for (int32_t node = 1; node < int32_t(nodes.size()); ++node) {
             places.push_back({nodes[size_t(node)].survival, index, node});
         }
@@ -378,17 +376,17 @@ size_t best_number(const Step& step, const std::vector<Place>& places, double& b
     return best;
 }
 
-void write_trees(const Plan& plan, const Wanted& wanted, const Merger& merger, const std::vector<Place>& places,
+void write_trees(const Plan& plan, const Call& call, const Merger& merger, const std::vector<Place>& places,
                  size_t number) {
     static thread_local std::vector<std::vector<int32_t>> numbers;  // of the chosen nodes, per request; -1: left out
-    numbers.resize(std::max(numbers.size(), size_t(wanted.step.num_requests)));
-    for (int32_t index = 0; index < wanted.step.num_requests; ++index) {
-        numbers[size_t(index)].assign(merger.slots[size_t(wanted.requests[index].slot)].nodes.size(), -1);
+    numbers.resize(std::max(numbers.size(), size_t(call.step.num_requests)));
+    for (int32_t index = 0; index < call.step.num_requests; ++index) {
+        numbers[size_t(index)].assign(merger.slots[size_t(call.requests[index].slot)].nodes.size(), -1);
     }
     for (size_t one = 0; one < number; ++one) numbers[size_t(places[one].request)][size_t(places[one].node)] = 0;
     int32_t end = 0;
-    for (int32_t index = 0; index < wanted.step.num_requests; ++index) {
-        const std::vector<Node>& nodes = merger.slots[size_t(wanted.requests[index].slot)].nodes;
+    for (int32_t index = 0; index < call.step.num_requests; ++index) {
+        const std::vector<Node>& nodes = merger.slots[size_t(call.requests[index].slot)].nodes;
         std::vector<int32_t>& places_of = numbers[size_t(index)];
         const int32_t first = end;
         for (size_t node = 1; node < nodes.size(); ++node) {
@@ -455,30 +453,32 @@ auto SLIPSTREAM_EXPORT(merger_new)(int32_t num_slots, int64_t pool_tokens) -> vo
 void SLIPSTREAM_EXPORT(merger_free)(void* merger) { delete static_cast<SLIPSTREAM_ISA::Merger*>(merger); }
 
 // Judge every request's last tree by what is new of its text, take that in, grow its next tree, choose among all nodes
-// and write the trees one behind the other. Returns -1, or the first request whose root or matrix is none.
+// and write the trees one behind the other. Returns -1, or the first request whose slot, root or matrix is none.
 int32_t SLIPSTREAM_EXPORT(merger_grow)(void* handle, const void* plan_address, const void* step_address,
                                        const void* requests, const void* matrices) {
     using namespace SLIPSTREAM_ISA;
     Merger& merger = *static_cast<Merger*>(handle);
     const Plan& plan = *static_cast<const Plan*>(plan_address);
     const Step& step = *static_cast<const Step*>(step_address);
-    const Wanted wanted{step, static_cast<const Request*>(requests), static_cast<const MatrixAddresses*>(matrices)};
+    const Call call{step, static_cast<const Request*>(requests), static_cast<const MatrixAddresses*>(matrices)};
     for (int32_t index = 0; index < step.num_requests; ++index) {
-        const Request& request = wanted.requests[index];
-        if (request.matrix >= step.num_matrices || request.root < 0 || request.root >= plan.vocab_size) return index;
+        const Request& request = call.requests[index];
+        const bool has_slot = request.slot >= 0 && size_t(request.slot) < merger.slots.size();
+        const bool has_root = request.root >= 0 && request.root < plan.vocab_size;
+        if (!has_slot || !has_root || request.matrix >= step.num_matrices) return index;
     }
     int64_t num_trials = 0;
     for (int32_t index = 0; index < step.num_requests; ++index) {
-        const Request& request = wanted.requests[index];
-        const int32_t* const new_ids = wanted.new_ids(index);
+        const Request& request = call.requests[index];
+        const int32_t* const new_ids = call.new_ids(index);
         const auto num_new = int32_t(step.ids + request.new_end - new_ids);
         Slot& slot = merger.slots[size_t(request.slot)];
         num_trials += judge(plan, slot, new_ids, num_new);
         slot.text.extend(new_ids, num_new);
     }
-    for (int32_t index = 0; index < step.num_requests; ++index) Growth(plan, wanted, index, merger).run();
-    const std::vector<Place> places = by_survival(wanted, merger);
-    write_trees(plan, wanted, merger, places, best_number(step, places, plan.figures[0]));
+    for (int32_t index = 0; index < step.num_requests; ++index) Growth(plan, call, index, merger).run();
+    const std::vector<Place> places = by_survival(call, merger);
+    write_trees(plan, call, merger, places, best_number(step, places, plan.figures[0]));
     plan.figures[1] = double(num_trials);
     return -1;
 }
