@@ -27,11 +27,16 @@ BASELINE = ("cpu.cpp", "memory.cpp", "pool.cpp")
 # Contraction stays off: a fused multiply-add happens where it is written, so that results do not hang on a compiler's
 # choices; -fno-math-errno lets square roots be one instruction.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 _ISA_FLAGS: dict[str, tuple[str, ...]] = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    "amx": (*_AVX512_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512": _AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
 }
+INSTRUCTION_SETS = tuple(_ISA_FLAGS)
+"""All that x86 processors may have, best first; each holds those after it."""
+
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_TIMEOUT_S = 300
 
@@ -41,8 +46,23 @@ class KernelsUnavailable(RuntimeError):
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The sets that sources are compiled for on this kind of machine, best first."""
-    return tuple(_ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ("baseline",)
+    """The sets that sources are compiled for on this kind of machine, best first; raises KernelsUnavailable.
+
+    Older compilers do not know the newest set.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ("baseline",)
+    return _known_sets(_compiler())
+
+
+@functools.cache
+def _known_sets(compiler: str) -> tuple[str, ...]:
+    """The sets whose flags the compiler takes: the best of them, and those that it holds."""
+    for place, isa in enumerate(INSTRUCTION_SETS):
+        check = [compiler, *_ISA_FLAGS[isa], "-fsyntax-only", "-x", "c++", os.devnull]
+        if subprocess.run(check, capture_output=True, check=False, timeout=_COMPILE_TIMEOUT_S).returncode == 0:
+            return INSTRUCTION_SETS[place:]
+    return INSTRUCTION_SETS[-1:]
 
 
 @functools.cache

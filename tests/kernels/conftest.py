@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import slipstream_kernels
+from slipstream_kernels.build import INSTRUCTION_SETS
 
 
 @pytest.fixture(autouse=True)
@@ -12,7 +13,7 @@ def _kernels(compiled_kernels: None) -> None:
     pass
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest) -> str:
     """Each instruction set in turn."""
     name: str = request.param

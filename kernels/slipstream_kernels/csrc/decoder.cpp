@@ -27,12 +27,12 @@ Decoder::Decoder(const SlipstreamSizes& sizes)
     block_store_ = zeros(per_position * sizes.num_blocks * kBlock);
     node_store_ = zeros(per_position * std::max(1, sizes.num_node_slots));
     scratch_.x = memory_.take<float>(rows * sizes.hidden);
-    const auto inputs = [&](int number, int inner) { return Inputs(number, inner, sizes.packs_int8 != 0, memory_); };
+    const auto inputs = [&](int number, int inner) { return Inputs(number, inner, form_for(sizes.packs_int8 != 0), memory_); };
     scratch_.normed = inputs(sizes.max_rows, sizes.hidden);
     scratch_.qkv = memory_.take<float>(rows * qkv_width_);
     scratch_.attended = inputs(sizes.max_rows, sizes.heads * sizes.head_dim);
     scratch_.delta = memory_.take<float>(rows * delta_width_);
-    scratch_.activated = inputs(int(choices), layers_[0]->mlp.activated_width());
+    scratch_.expert_inputs = {inputs(int(choices), sizes.hidden), inputs(int(choices), layers_[0]->mlp.activated_width())};
     scratch_.expert_out = memory_.take<float>(choices * layers_[0]->mlp.out_width());
     scratch_.experts.resize(layers * choices);
     scratch_.expert_weights = memory_.take<float>(layers * choices);

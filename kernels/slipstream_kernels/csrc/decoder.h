@@ -22,7 +22,7 @@ struct Layer {
 struct Scratch {
     Inputs normed;      // [T, hidden]
     Inputs attended;    // [T, heads * head_dim]
-    Inputs activated;   // silu(gate) * up of every chosen expert [T * K, inner], padded to half panels
+    ExpertInputs expert_inputs;
     float* x;           // residual stream [T, hidden]
     float* qkv;         // [T, (heads + 2 kv heads) * head_dim], padded to panels
     float* delta;       // what attention adds [T, hidden], padded to panels

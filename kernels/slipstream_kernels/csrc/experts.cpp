@@ -66,6 +66,7 @@ struct ExpertPass {
 
     // One product per active expert with the choices that fell on it; a task is a panel of an expert. Experts with many
     // rows come first and keep a core busy, those with few wait for memory: side by side they need both at once.
+    // `place(i)` is where routing.choices[i] has its row of inputs; `take(i, panel, outputs)`.
     template <class Place, class Take>
     void product(Phases& phases, const std::vector<Packed>& matrices, const Inputs& inputs, Place place,
                  Take take) const {
@@ -73,31 +74,38 @@ struct ExpertPass {
         phases.run(*routing.num_active * num_panels, [&](int task) {
             const int expert = routing.active[task / num_panels], panel = task % num_panels;
             const int first = routing.starts[expert], count = routing.starts[expert + 1] - first;
-            const int32_t* const mine = routing.choices + first;
             panel_product(
-                matrices[expert], panel, inputs, count, [&](int i) { return place(mine[i]); },
-                [&](int i, const float* outputs) { take(mine[i], panel, outputs); });
+                matrices[expert], panel, inputs, count, [&](int i) { return place(first + i); },
+                [&](int i, const float* outputs) { take(first + i, panel, outputs); });
         });
     }
 
-    void run(Phases& phases, int num_rows, const Inputs& rows, const Inputs& activated, float* out) const {
-        const auto row_of = [&](int choice) { return choice / routing.num_chosen; };
-        product(phases, experts.gate_up_, rows, row_of, [&](int choice, int panel, const float* outputs) {
-            silu_product(outputs, outputs + kHalf, kHalf, activated.row(choice) + panel * kHalf);
-        });
-        if (activated.has_bytes()) {
-            phases.run(num_rows * routing.num_chosen, [&](int choice) { activated.round(choice); });
+    void run(Phases& phases, int num_rows, const Inputs& rows, const ExpertInputs& inputs, float* out) const {
+        const auto& [grouped, activated] = inputs;
+        const int num_choices = num_rows * routing.num_chosen;
+        const auto row_of = [&](int i) { return routing.choices[i] / routing.num_chosen; };
+        const auto itself = [](int i) { return i; };
+        const auto activate = [&](int i, int panel, const float* outputs) {
+            silu_product(outputs, outputs + kHalf, kHalf, activated.row(i) + panel * kHalf);
+            activated.split(i, panel * kHalf, kHalf);
+        };
+        if (kHasTiles && num_rows > 1 && experts.num_experts() > 1) {
+            phases.run(num_choices, [&](int i) { grouped.copy(i, rows, row_of(i)); });
+            product(phases, experts.gate_up_, grouped, itself, activate);
+        } else {
+            product(phases, experts.gate_up_, rows, row_of, activate);
         }
-        const auto itself = [](int choice) { return choice; };
-        product(phases, experts.down_, activated, itself, [&](int choice, int panel, const float* outputs) {
-            std::copy(outputs, outputs + kPanel, out + size_t(choice) * experts.out_width_ + panel * kPanel);
+        if (activated.has_bytes()) phases.run(num_choices, [&](int i) { activated.convert(i); });
+        product(phases, experts.down_, activated, itself, [&](int i, int panel, const float* outputs) {
+            float* const to = out + size_t(routing.choices[i]) * experts.out_width_ + panel * kPanel;
+            std::copy(outputs, outputs + kPanel, to);
         });
     }
 };
 
 void run_experts(Phases& phases, const Experts& experts, const Routing& routing, int num_rows, const Inputs& rows,
-                 const Inputs& activated, float* out) {
-    ExpertPass{experts, routing}.run(phases, num_rows, rows, activated, out);
+                 const ExpertInputs& inputs, float* out) {
+    ExpertPass{experts, routing}.run(phases, num_rows, rows, inputs, out);
 }
 
 void add_experts(const Experts& experts, const Routing& routing, int row, const float* out, float* to) {

@@ -47,10 +47,15 @@ struct Routing {
 // Fill starts, choices, active and num_active from `experts`.
 void group_by_expert(const Routing& routing, int num_rows, int num_experts);
 
-// activated[choice] = silu(gate) * up of its row, then out[choice] = down * activated[choice]. Rows were rounded if they
-// have bytes; `activated` has some if rows do.
+// What the experts' products read, a row for every choice, those of an expert side by side.
+struct ExpertInputs {
+    Inputs grouped;    // [T * K, hidden]: the rows themselves, where products read neighbours alone
+    Inputs activated;  // [T * K, inner], padded to half panels: silu(gate) * up
+};
+
+// out[choice] = down * (silu(gate) * up) of its row. Rows were converted if they have another form.
 void run_experts(Phases& phases, const Experts& experts, const Routing& routing, int num_rows, const Inputs& rows,
-                 const Inputs& activated, float* out);
+                 const ExpertInputs& inputs, float* out);
 
 // to[0..hidden) += weight * out of every choice of a row, best expert first: the order of the sum belongs to the row.
 void add_experts(const Experts& experts, const Routing& routing, int row, const float* out, float* to);

@@ -7,6 +7,7 @@
 #include "decoder.h"
 #include "export.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace isa = SLIPSTREAM_ISA;
 using slipstream::Phases;
@@ -26,19 +27,19 @@ auto with_memory(Make make, Result otherwise) -> decltype(make()) {
 // Rows as products read them, in memory that lasts from call to call.
 class OpRows {
    public:
-    const isa::Inputs& with_room(int num_rows, int inner, bool with_bytes) {
+    const isa::Inputs& with_room(int num_rows, int inner, isa::Form form) {
         if (num_rows > num_rows_) {
-            inputs_ = isa::Inputs(num_rows, inner, with_bytes, memory_);
+            inputs_ = isa::Inputs(num_rows, inner, form, memory_);
             num_rows_ = num_rows;
         }
         return inputs_;
     }
 
-    const isa::Inputs& holding(const float* x, int num_rows, int inner, bool with_bytes) {
-        with_room(num_rows, inner, with_bytes);
+    const isa::Inputs& holding(const float* x, int num_rows, int inner, isa::Form form) {
+        with_room(num_rows, inner, form);
         for (int row = 0; row < num_rows; ++row) {
             std::copy_n(x + size_t(row) * inner, inner, inputs_.row(row));
-            inputs_.round(row);
+            inputs_.convert(row);
         }
         return inputs_;
     }
@@ -58,8 +59,8 @@ struct Matrix {
 struct ExpertLayer {
     slipstream::Arena memory;
     isa::Experts weights;
-    OpRows rows, activated;
-    bool is_rounded;
+    OpRows rows, grouped, activated;
+    isa::Form form;
 };
 
 }  // namespace
@@ -105,21 +106,22 @@ void SLIPSTREAM_EXPORT(matrix_free)(void* matrix) { delete static_cast<Matrix*>(
 // out[rows, outputs] = x[rows, inner] * matrix^T.
 void SLIPSTREAM_EXPORT(matrix_product)(void* matrix, const float* x, int32_t num_rows, int32_t inner, float* out) {
     auto& [memory, weights, rows] = *static_cast<Matrix*>(matrix);
-    const isa::Inputs& inputs = rows.holding(x, num_rows, inner, weights.is_rounded());
+    const isa::Inputs& inputs = rows.holding(x, num_rows, inner, isa::form_for(weights.is_rounded()));
     slipstream::run_pass([&](Phases& phases) {
+        const isa::TileSession tiles;
         isa::matrix_product(phases, weights, inputs, num_rows, out, weights.num_outputs());
     });
 }
 
 auto SLIPSTREAM_EXPORT(experts_new)(int32_t num_experts, int32_t hidden, int32_t inner, int32_t packs_int8) -> void* {
-    return new ExpertLayer{{}, isa::Experts(num_experts, hidden, inner), {}, {}, packs_int8 != 0};
+    return new ExpertLayer{{}, isa::Experts(num_experts, hidden, inner), {}, {}, {}, isa::form_for(packs_int8 != 0)};
 }
 
 void SLIPSTREAM_EXPORT(experts_free)(void* experts) { delete static_cast<ExpertLayer*>(experts); }
 
 int SLIPSTREAM_EXPORT(experts_set)(void* experts, int32_t expert, const void* gate_up, const void* down, int32_t type) {
     auto& layer = *static_cast<ExpertLayer*>(experts);
-    const SlipstreamType packed_type = layer.is_rounded ? kInt8 : SlipstreamType(type);
+    const SlipstreamType packed_type = layer.form == isa::Form::kBytes ? kInt8 : SlipstreamType(type);
     const auto matrix = [&](const void* data) { return isa::Source{data, SlipstreamType(type), packed_type}; };
     const auto set = [&] {
         layer.weights.set_gate_up(expert, matrix(gate_up), layer.memory);
@@ -139,12 +141,13 @@ void SLIPSTREAM_EXPORT(experts_run)(void* experts, const float* x, int32_t num_r
     const isa::Routing routing{num_chosen,     chosen,        chosen_weights,   starts.data(),
                                choices.data(), active.data(), num_active.data()};
     isa::group_by_expert(routing, num_rows, num_experts);
-    const isa::Inputs& rows = layer.rows.holding(x, num_rows, weights.hidden(), layer.is_rounded);
-    const isa::Inputs& activated =
-        layer.activated.with_room(num_choices, weights.activated_width(), layer.is_rounded);
+    const isa::Inputs& rows = layer.rows.holding(x, num_rows, weights.hidden(), layer.form);
+    const isa::ExpertInputs inputs{layer.grouped.with_room(num_choices, weights.hidden(), layer.form),
+                                   layer.activated.with_room(num_choices, weights.activated_width(), layer.form)};
     std::vector<float> expert_out(size_t(num_choices) * weights.out_width());
     slipstream::run_pass([&](Phases& phases) {
-        isa::run_experts(phases, weights, routing, num_rows, rows, activated, expert_out.data());
+        const isa::TileSession tiles;
+        isa::run_experts(phases, weights, routing, num_rows, rows, inputs, expert_out.data());
     });
     for (int row = 0; row < num_rows; ++row) {
         float* const to = out + size_t(row) * weights.hidden();

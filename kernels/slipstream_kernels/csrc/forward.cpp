@@ -2,6 +2,7 @@
 
 #include "decoder.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace SLIPSTREAM_ISA {
 
@@ -27,6 +28,7 @@ struct ForwardPass {
     int num_chosen = decoder.experts_per_token_;
 
     void walk(Phases& phases) {
+        const TileSession tiles;
         phases.run(num_rows, [&](int row) {
             embed(row);
             if (experts_out != nullptr) std::fill_n(experts_of(row, sizes.layers - 1), num_chosen, -1);
@@ -48,9 +50,9 @@ struct ForwardPass {
         // Rows of one sequence read the same keys: head by head, they find them in the cache of the processor.
         phases.run(sizes.kv_heads * num_places, [&](int task) {
             const int place = task % num_places;
-            attend_heads(phases.thread(), index, row_at(place), task / num_places, scratch.attended.row(place));
+            attend_heads(phases.thread(), index, row_at(place), task / num_places, place);
         });
-        if (scratch.attended.has_bytes()) phases.run(num_places, [&](int place) { scratch.attended.round(place); });
+        if (scratch.attended.has_bytes()) phases.run(num_places, [&](int place) { scratch.attended.convert(place); });
         matrix_product(phases, layer.attention_out, scratch.attended, num_places, scratch.delta, decoder.delta_width_);
         phases.run(
             num_places,
@@ -61,7 +63,7 @@ struct ForwardPass {
                 choose_experts(layer, index, row, place);
             },
             [&] { group_by_expert(routes, num_places, decoder.num_experts_); });
-        run_experts(phases, layer.mlp, routes, num_places, scratch.normed, scratch.activated, scratch.expert_out);
+        run_experts(phases, layer.mlp, routes, num_places, scratch.normed, scratch.expert_inputs, scratch.expert_out);
         phases.run(num_places, [&](int place) {
             const int row = row_at(place);
             add_experts(layer.mlp, routes, place, scratch.expert_out, x(row));
@@ -79,7 +81,7 @@ struct ForwardPass {
 
     void norm_into(int row, int place, const std::vector<float>& weight) {
         rms_norm(x(row), weight.data(), sizes.hidden, sizes.norm_eps, scratch.normed.row(place));
-        scratch.normed.round(place);
+        scratch.normed.convert(place);
     }
 
     void rotate_and_write(const Layer& layer, int index, int row) {
@@ -121,14 +123,15 @@ struct ForwardPass {
         std::copy(value, value + size, decoder.block_values(index, head, block) + offset * size);
     }
 
-    // The query heads that share a key head; `out` is of all heads.
-    void attend_heads(int thread, int index, int row, int kv_head, float* out) {
+    // The query heads that share a key head.
+    void attend_heads(int thread, int index, int row, int kv_head, int place) {
         const int size = sizes.head_dim, num_shared = sizes.heads / sizes.kv_heads, first = kv_head * num_shared * size;
         const int32_t* const ancestors = plan.ancestors + plan.ancestor_starts[row];
         const Query query{scratch.qkv + size_t(row) * decoder.qkv_width_ + first, num_shared,
                           table(row),                                                   ancestors,
                           plan.num_committed[row], plan.ancestor_starts[row + 1] - plan.ancestor_starts[row]};
-        attend(decoder.head_cache(index, kv_head), query, size, scratch.scores[thread], out + first);
+        attend(decoder.head_cache(index, kv_head), query, size, scratch.scores[thread], scratch.attended.row(place) + first);
+        scratch.attended.split(place, first, num_shared * size);
     }
 
     // This layer's part of the routing buffers, see Scratch.

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cfloat>
 
-#include "simd.h"
-
 namespace SLIPSTREAM_ISA {
 namespace {
 
@@ -34,20 +32,40 @@ float largest_magnitude(const float* row, int size) {
 
 }  // namespace
 
-Inputs::Inputs(int num_rows, int inner, bool with_bytes, slipstream::Arena& memory)
-    : inner_(inner),
+Inputs::Inputs(int num_rows, int inner, Form form, slipstream::Arena& memory)
+    : form_(form),
+      inner_(inner),
       stride_(stride_of(inner, kLine / int(sizeof(float)))),
-      byte_stride_(stride_of(inner, kLine)),
       floats_(memory.take<float>(size_t(num_rows) * stride_)) {
-    if (!with_bytes) return;
-    bytes_ = memory.take<uint8_t>(size_t(num_rows) * byte_stride_);
-    scales_ = memory.take<float>(num_rows);
+    if (form == Form::kBytes) {
+        other_stride_ = stride_of(inner, kLine);
+        other_ = memory.take<uint8_t>(size_t(num_rows) * other_stride_);
+        scales_ = memory.take<float>(num_rows);
+    } else if (form == Form::kParts) {
+        other_stride_ = stride_of(inner * int(sizeof(uint16_t)), kLine);
+        const size_t size = size_t(num_rows) * kParts * other_stride_;
+        other_ = memory.take<uint8_t>(size);
+        // Tiles read whole lines. Where values end within one, what follows them is zero, now and for ever.
+        if (inner * sizeof(uint16_t) % kLine != 0) std::memset(other_, 0, size);
+    }
+}
+
+void Inputs::convert(int place) const {
+    if (has_bytes()) round(place);
+    split(place, 0, inner_);
+}
+
+void Inputs::copy(int place, const Inputs& others, int from) const {
+    std::copy_n(others.row(from), inner_, row(place));
+    if (form_ == Form::kFloats) return;
+    const size_t size = size_t(other_stride_) * (form_ == Form::kParts ? kParts : 1);
+    std::copy_n(others.other_ + from * size, size, other_ + place * size);
+    if (has_bytes()) scales_[place] = others.scales_[from];
 }
 
 void Inputs::round(int place) const {
-    if (!has_bytes()) return;
     const float* const from = row(place);
-    uint8_t* const to = bytes_ + size_t(place) * byte_stride_;
+    uint8_t* const to = other_ + size_t(place) * other_stride_;
     const float largest = largest_magnitude(from, inner_);
     const float scale = largest < FLT_MIN * kMostSteps ? FLT_MIN : largest / kMostSteps, inverse = 1.0f / scale;
     int i = 0;
@@ -60,6 +78,26 @@ void Inputs::round(int place) const {
         std::memcpy(to + i, &sum, 1);
     }
     scales_[place] = scale;
+}
+
+void Inputs::split(int place, int first, int size) const {
+    if (form_ != Form::kParts) return;
+    const float* const from = row(place);
+    uint8_t* const to = other_ + size_t(place) * kParts * other_stride_;
+    const auto split_some = [&](int i, Floats rest, int number) {
+        for (int part = 0; part < kParts; ++part) {
+            const Words upper = (Words)rest & 0xFFFF0000u;
+            const Halves halves = __builtin_convertvector(upper >> 16, Halves);
+            std::memcpy(to + part * other_stride_ + i * sizeof(uint16_t), &halves, number * sizeof(uint16_t));
+            rest -= (Floats)upper;
+        }
+    };
+    int i = first;
+    for (; i + kLanes <= first + size; i += kLanes) split_some(i, load(from + i), kLanes);
+    if (i == first + size) return;
+    Floats last = {};
+    std::memcpy(&last, from + i, (first + size - i) * sizeof(float));
+    split_some(i, last, first + size - i);
 }
 
 }  // namespace SLIPSTREAM_ISA

@@ -1,10 +1,11 @@
-// Rows that products read: floats, and where matrices are rounded, bytes too.
+// Rows that products read: floats, and beside them what else a product may read, bytes or bf16 parts.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "memory.h"
+#include "simd.h"
 
 namespace SLIPSTREAM_ISA {
 
@@ -23,27 +24,60 @@ struct RoundedRow {
     float scale;
 };
 
+// A float is the sum of so many bf16, each the upper half of what those before it leave: 24 bits in three times eight.
+constexpr int kParts = 3;
+
+// Rows of bf16, one after the other at a stride: the parts of a row, the largest first, then those of the next.
+struct SplitRows {
+    const uint16_t* parts;
+    int stride;
+};
+
+// What products with a matrix read: the floats of a row, its parts where the processor multiplies tiles of bf16, or,
+// where matrices are int8, its bytes.
+enum class Form { kFloats, kParts, kBytes };
+
+constexpr Form form_for(bool packs_int8) {
+    return packs_int8 ? Form::kBytes : kHasTiles ? Form::kParts : Form::kFloats;
+}
+
 // Where the rows lie; a copy shows the same ones.
 class Inputs {
    public:
     Inputs() = default;
 
-    // Room for so many rows of `inner` values, with bytes beside the floats or without.
-    Inputs(int num_rows, int inner, bool with_bytes, slipstream::Arena& memory);
+    // Room for so many rows of `inner` values: floats, and beside them the other form.
+    Inputs(int num_rows, int inner, Form form, slipstream::Arena& memory);
 
     float* row(int place) const { return floats_ + size_t(place) * stride_; }
 
-    bool has_bytes() const { return bytes_ != nullptr; }
-    // Make the bytes of a row that is whole now; nothing where there are none.
-    void round(int place) const;
-    // Of a row that was rounded.
-    RoundedRow rounded(int place) const { return {bytes_ + size_t(place) * byte_stride_, scales_[place]}; }
+    // Make the other form of a row that is whole now.
+    void convert(int place) const;
+
+    // Of values that are there before others of their row: their parts; nothing where there are none.
+    void split(int place, int first, int size) const;
+    // Whether that leaves a form to be made, of the whole row.
+    bool has_bytes() const { return form_ == Form::kBytes; }
+
+    // Take over a whole row of others of the same form, converted as it is.
+    void copy(int place, const Inputs& others, int from) const;
+
+    // Of rows that were converted.
+    int byte_stride() const { return other_stride_; }
+    RoundedRow rounded(int place) const { return {other_ + size_t(place) * other_stride_, scales_[place]}; }
+    SplitRows split_rows(int place) const {
+        const int stride = other_stride_ / int(sizeof(uint16_t));
+        return {reinterpret_cast<const uint16_t*>(other_) + size_t(place) * kParts * stride, stride};
+    }
 
    private:
-    int inner_ = 0, stride_ = 0, byte_stride_ = 0;
+    void round(int place) const;
+
+    Form form_ = Form::kFloats;
+    int inner_ = 0, stride_ = 0, other_stride_ = 0;  // in floats, and in bytes
     float* floats_ = nullptr;
-    uint8_t* bytes_ = nullptr;
-    float* scales_ = nullptr;
+    uint8_t* other_ = nullptr;
+    float* scales_ = nullptr;  // of rows of bytes
 };
 
 }  // namespace SLIPSTREAM_ISA

@@ -3,6 +3,8 @@
 #include <cassert>
 #include <cfloat>
 
+#include "tiles.h"
+
 namespace SLIPSTREAM_ISA {
 namespace {
 
@@ -123,12 +125,23 @@ struct RoundedTiles {
             weights.data += kStepBytes;
         }
         for (int v = 0; v < kWidth; ++v) {
-            const Ints offset = load(offsets + first_output + v * kLanes);
-            const Floats scale = load(scales + first_output + v * kLanes);
-            for (int row = 0; row < kRows; ++row) {
-                store(out + row * kPanel + v * kLanes, to_floats(sums[row][v] - offset) * scale * x[row].scale);
+            const int output = first_output + v * kLanes;
+            for (int row = 0; row < kRows; ++row) store(out + row * kPanel + v * kLanes, scaled(sums[row][v], output, x[row]));
+        }
+    }
+
+    // All outputs of a panel from their sums, which are of int32.
+    void scale(const int32_t* sums, const RoundedRow* x, int num_rows, float* out) const {
+        for (int row = 0; row < num_rows; ++row) {
+            for (int o = 0; o < kPanel; o += kLanes) {
+                store(out + row * kPanel + o, scaled(load(sums + row * kPanel + o), o, x[row]));
             }
         }
+    }
+
+    // A sum of integers as the product that it stands for; `output` is the first of the vector.
+    Floats scaled(Ints sum, int output, const RoundedRow& row) const {
+        return to_floats(sum - load(offsets + output)) * load(scales + output) * row.scale;
     }
 };
 
@@ -164,26 +177,33 @@ void panel_of_rows(const Tiles& tiles, Weights weights, const typename Tiles::Ro
 // How many inner indices a word of four bytes holds.
 int per_word(SlipstreamType type) { return type == kFp32 ? 1 : type == kBf16 ? 2 : 4; }
 
+// Words of an output, up to whole tiles where it lies in tiles.
+int num_words_of(int inner, SlipstreamType type) {
+    const int words = (inner + per_word(type) - 1) / per_word(type);
+    return is_in_tiles(type) ? round_up(words, kTileWords) : words;
+}
+
 // Where the i-th weight of an output lies in its strip, in weights.
-size_t place_in_strip(int i, int output, SlipstreamType type) {
-    const int number = per_word(type);
-    return (size_t(i / number) * kStrip + output % kStrip) * number + i % number;
+size_t place_in_strip(int i, int output, int num_words, SlipstreamType type) {
+    const int number = per_word(type), word = i / number;
+    if constexpr (kHasTiles) {
+        if (is_in_tiles(type)) return place_in_tiles(word, output, num_words) * number + i % number;
+    }
+    return (size_t(word) * kStrip + output % kStrip) * number + i % number;
 }
 
 }  // namespace
 
 void Packed::pack(const Source& source, int inner, const int* order, int num_outputs, Arena& memory) {
-    const int padded_inner = round_up(inner, per_word(source.packed_type));
     const int num_panels = (num_outputs + kPanel - 1) / kPanel;
-    const size_t strip_bytes = size_t(padded_inner / per_word(source.packed_type)) * kStepBytes;
-    const size_t num_bytes = strip_bytes * (kPanel / kStrip) * num_panels;
-    data_ = memory.take<char>(num_bytes);
-    std::memset(data_, 0, num_bytes);
-    strip_bytes_ = strip_bytes;
+    type_ = source.packed_type;
+    num_words_ = num_words_of(inner, type_);
+    strip_bytes_ = size_t(num_words_) * kStepBytes;
     num_panels_ = num_panels;
     num_outputs_ = num_outputs;
-    inner_ = padded_inner;
-    type_ = source.packed_type;
+    const size_t num_bytes = strip_bytes_ * (kPanel / kStrip) * num_panels;
+    data_ = memory.take<char>(num_bytes);
+    std::memset(data_, 0, num_bytes);
     scales_.assign(type_ == kInt8 ? size_t(num_panels) * kPanel : 0, 0.0f);
     offsets_.assign(scales_.size(), 0);
     for (int o = 0; o < num_outputs; ++o) {
@@ -196,7 +216,7 @@ void Packed::pack(const Source& source, int inner, const int* order, int num_out
 void Packed::pack_output(const Source& source, size_t first, int inner, int output) {
     char* const strip = strip_of(output);
     for (int i = 0; i < inner; ++i) {
-        const size_t place = place_in_strip(i, output, type_);
+        const size_t place = place_in_strip(i, output, num_words_, type_);
         if (type_ == kBf16) {
             reinterpret_cast<uint16_t*>(strip)[place] = static_cast<const uint16_t*>(source.data)[first + i];
         } else {
@@ -213,25 +233,32 @@ void Packed::pack_rounded(const Source& source, size_t first, int inner, int out
     int8_t* const strip = reinterpret_cast<int8_t*>(strip_of(output));
     for (int i = 0; i < inner; ++i) {
         const int rounded = int(std::lrint(source.at(first + i) / scale));
-        strip[place_in_strip(i, output, kInt8)] = int8_t(rounded);
+        strip[place_in_strip(i, output, num_words_, kInt8)] = int8_t(rounded);
         offsets_[output] += kByteOfZero * rounded;
     }
 }
 
 void Packed::product(int panel, const Inputs& inputs, const int* places, int num_rows, float* out) const {
     const Weights weights{strip_of(panel * kPanel), strip_bytes_};
-    const size_t first = size_t(panel) * kPanel;
+    const int inner = num_words_ * per_word(type_);
     if (is_rounded()) {
-        assert(inputs.has_bytes());
         RoundedRow rows[kRowsAtOnce];
         for (int i = 0; i < num_rows; ++i) rows[i] = inputs.rounded(places[i]);
-        const RoundedTiles tiles{&scales_[first], &offsets_[first]};
-        return panel_of_rows(tiles, weights, rows, num_rows, inner_, out);
+        const RoundedTiles tiles{&scales_[size_t(panel) * kPanel], &offsets_[size_t(panel) * kPanel]};
+        if constexpr (kHasTiles) {
+            alignas(kLine) int32_t sums[kRowsAtOnce * kPanel];
+            rounded_product({weights.data, num_words_}, inputs, places[0], num_rows, sums);
+            return tiles.scale(sums, rows, num_rows, out);
+        }
+        return panel_of_rows(tiles, weights, rows, num_rows, inner, out);
+    }
+    if constexpr (kHasTiles) {
+        if (type_ == kBf16) return split_product({weights.data, num_words_}, inputs, places[0], num_rows, out);
     }
     const float* rows[kRowsAtOnce];
     for (int i = 0; i < num_rows; ++i) rows[i] = inputs.row(places[i]);
-    if (type_ == kBf16) return panel_of_rows(FloatTiles<kBf16>(), weights, rows, num_rows, inner_, out);
-    panel_of_rows(FloatTiles<kFp32>(), weights, rows, num_rows, inner_, out);
+    if (type_ == kBf16) return panel_of_rows(FloatTiles<kBf16>(), weights, rows, num_rows, inner, out);
+    panel_of_rows(FloatTiles<kFp32>(), weights, rows, num_rows, inner, out);
 }
 
 }  // namespace SLIPSTREAM_ISA

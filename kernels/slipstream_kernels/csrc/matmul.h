@@ -23,7 +23,7 @@ using slipstream::Arena;
 constexpr int kVectors = 4;
 constexpr int kPanel = kVectors * kLanes;       // outputs that one task computes
 constexpr int kStrip = kStripVectors * kLanes;  // outputs whose weights lie together
-static_assert(kPanel % kStrip == 0);
+static_assert(kPanel % kStrip == 0 && (!kHasTiles || kPanel == kStrip));
 
 constexpr int kRowsAtOnce = 48;  // rows whose outputs of a panel stay in the first-level cache
 
@@ -40,7 +40,8 @@ struct Source {
 
 // A weight matrix [outputs, inner] in strips of kStrip outputs, each contiguous: groups of kStrip words of four bytes, one
 // group after the other. A word holds one fp32, two bf16 or four int8 of an output, the first inner index in its low bits.
-// A pass reads it once, in order. With int8, weight = scale of its output * integer, the largest of an output being 127,
+// A pass reads it once, in order. Where products are made of tiles (tiles.h), strips of bf16 and int8 are in their order
+// instead, and words are padded to whole tiles. With int8, weight = scale of its output * integer, the largest of an output being 127,
 // and products are with rows that were rounded (Inputs).
 class Packed {
    public:
@@ -53,6 +54,7 @@ class Packed {
     bool is_rounded() const { return type_ == kInt8; }
 
     // out[i][0..kPanel) of one panel for the rows at `places`, up to kRowsAtOnce; `out` is row-major with stride kPanel.
+    // Where rows are read in tiles, places are neighbours.
     void product(int panel, const Inputs& inputs, const int* places, int num_rows, float* out) const;
 
    private:
@@ -64,7 +66,8 @@ class Packed {
 
     char* data_ = nullptr;
     size_t strip_bytes_ = 0;
-    int num_panels_ = 0, num_outputs_ = 0, inner_ = 0;
+    int num_panels_ = 0, num_outputs_ = 0;
+    int num_words_ = 0;  // of an output
     SlipstreamType type_ = kFp32;
     // Of outputs, padded to panels, only with int8.
     std::vector<float> scales_;

@@ -7,6 +7,7 @@
 
 #include "export.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace SLIPSTREAM_ISA {
 namespace {
@@ -84,11 +85,15 @@ double SLIPSTREAM_EXPORT(read_seconds)(const void* data, int64_t num_bytes, int3
         num_threads, [=](int thread) { return SLIPSTREAM_ISA::read(from + thread * part, part, num_passes); });
 }
 
-// Seconds in which `num_threads` threads do `num_rounds` rounds of multiply-adds each, in registers alone;
+// Seconds in which `num_threads` threads do `num_rounds` rounds of multiply-adds with bf16 weights each, in registers alone;
 // `num_multiply_adds` gets the number of all of them together.
 double SLIPSTREAM_EXPORT(multiply_add_seconds)(int32_t num_threads, int64_t num_rounds,
                                                int64_t* num_multiply_adds) noexcept {
     using namespace SLIPSTREAM_ISA;
+    if constexpr (kHasTiles) {
+        *num_multiply_adds = num_threads * num_rounds * kRoundRows * kRoundOutputs * kRoundInner;
+        return seconds_on(num_threads, [=](int) { return multiply_tiles(num_rounds), 0.0f; });
+    }
     *num_multiply_adds = num_threads * num_rounds * 2 * kSums * kLanes;
     return seconds_on(num_threads, [=](int) { return multiply_add(num_rounds); });
 }

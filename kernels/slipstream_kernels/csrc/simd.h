@@ -26,9 +26,16 @@ constexpr int kLanes = 4;
 constexpr int kRegisters = 16, kStripVectors = 2, kMaxTileRows = 6;
 #endif
 
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 inline Floats load(const float* from) {
