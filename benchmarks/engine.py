@@ -116,7 +116,8 @@ def measure(size: Size, plan: Plan, cache: Path) -> Measured | None:
         return None
     prepared = prepare(size, source, cache)
     context = PROMPT_TOKENS + NUM_TOKENS // 2
-    experts = prepared.config.experts_per_token
+    # Of all experts: a cache that holds what one token reads does not hold what the next one does.
+    experts = prepared.config.num_experts
     working_set = int(bytes_read(prepared.config, num_tokens=1, experts_touched=experts, context=context))
     timings: dict[str, list[Timing]] = {system: [] for system in plan.systems}
     rates: list[float] = []

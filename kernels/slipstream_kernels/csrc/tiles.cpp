@@ -15,9 +15,9 @@ namespace {
 constexpr int kTileRows = 16;
 constexpr int kTileOutputs = 16;
 constexpr int kTileBytes = kTileRows * kLine;
-constexpr int kHalf = 2 * kTileOutputs;    // outputs that are computed together
+constexpr int kHalf = 2 * kTileOutputs;     // outputs that are computed together
 constexpr int kStepBytes = 2 * kTileBytes;  // of weights, for a line of inputs
-constexpr int kPrefetchBytes = 2 * kStepBytes;
+constexpr int kStepLines = kStepBytes / kLine;
 static_assert(kPanel == 2 * kHalf);
 
 // What the tile registers hold; an instruction names them by number.
@@ -45,7 +45,7 @@ thread_local int shaped_rows = 0;
 // Intrinsics do not tell the compiler all that they read and write.
 inline void settle_memory() { asm volatile("" ::: "memory"); }
 
-// Give the tiles their shapes, which takes as long as eight products of tiles, unless they have them.
+// Give the tiles their shapes, which takes as long as a dozen products of tiles, unless they have them.
 void shape_tiles(int num_rows) {
     if (shaped_rows == num_rows) return;
     const TileShapes shapes(num_rows);
@@ -72,21 +72,53 @@ struct alignas(kLine) Sums {
         _tile_dpbf16ps(sums, inputs, weights);       \
     }
 
-// Sums for up to 16 rows, or up to 32 with kHasOthers. Weights come from memory in the first
-// pass over them, later from the second-level cache.
-template <SlipstreamType kType, bool kHasOthers>
-void add_up(const char* weights, int num_steps, const Lines& lines, bool is_first, Sums& sums) {
+// Lines of weights that are fetched in every step, for a later one.
+struct Ahead {
+    const char* data;
+    int num_lines;
+};
+
+// Steps of the inner loop, from `weights` on.
+struct Steps {
+    const char* weights;
+    int first, number;
+};
+
+template <bool kHasOthers>
+void load_sums(const Sums& sums) {
+    _tile_loadd(0, sums.of_row[0], sizeof sums.of_row[0]);
+    _tile_loadd(1, sums.of_row[0] + kTileOutputs, sizeof sums.of_row[0]);
+    if constexpr (kHasOthers) {
+        _tile_loadd(2, sums.of_row[kTileRows], sizeof sums.of_row[0]);
+        _tile_loadd(3, sums.of_row[kTileRows] + kTileOutputs, sizeof sums.of_row[0]);
+    }
+}
+
+template <bool kHasOthers>
+void store_sums(Sums& sums) {
+    _tile_stored(0, sums.of_row[0], sizeof sums.of_row[0]);
+    _tile_stored(1, sums.of_row[0] + kTileOutputs, sizeof sums.of_row[0]);
+    if constexpr (kHasOthers) {
+        _tile_stored(2, sums.of_row[kTileRows], sizeof sums.of_row[0]);
+        _tile_stored(3, sums.of_row[kTileRows] + kTileOutputs, sizeof sums.of_row[0]);
+    }
+}
+
+inline void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
-    if constexpr (kHasOthers) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    const uint8_t *line = lines.data, *other_line = lines.data + kTileRows * lines.stride;
-    for (int step = 0; step < num_steps; ++step) {
-        if (is_first) {
-            for (int at = 0; at < kStepBytes; at += kLine) __builtin_prefetch(weights + kPrefetchBytes + at, 0, 3);
-        }
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Some steps' products on top of the sums of up to 16 rows, or up to 32 with kHasOthers.
+template <SlipstreamType kType, bool kHasOthers>
+void add_up(const Steps& steps, const Lines& lines, Ahead ahead, Sums& sums) {
+    steps.first == 0 ? zero_sums() : load_sums<kHasOthers>(sums);
+    const char* weights = steps.weights;
+    const uint8_t *line = lines.data + steps.first * kLine, *other_line = line + kTileRows * lines.stride;
+    for (int step = 0; step < steps.number; ++step) {
+        for (int i = 0; i < ahead.num_lines; ++i) __builtin_prefetch(ahead.data + i * kLine, 0, 3);
         _tile_loadd(4, line, lines.stride);
         _tile_loadd(6, weights, kLine);
         SLIPSTREAM_MULTIPLY(0, 4, 6);
@@ -97,36 +129,49 @@ void add_up(const char* weights, int num_steps, const Lines& lines, bool is_firs
             SLIPSTREAM_MULTIPLY(2, 5, 6);
             SLIPSTREAM_MULTIPLY(3, 5, 7);
         }
+        ahead.data += kStepBytes;
         weights += kStepBytes;
         line += kLine;
         other_line += kLine;
     }
-    _tile_stored(0, sums.of_row[0], sizeof sums.of_row[0]);
-    _tile_stored(1, sums.of_row[0] + kTileOutputs, sizeof sums.of_row[0]);
-    if constexpr (kHasOthers) {
-        _tile_stored(2, sums.of_row[kTileRows], sizeof sums.of_row[0]);
-        _tile_stored(3, sums.of_row[kTileRows] + kTileOutputs, sizeof sums.of_row[0]);
-    }
+    store_sums<kHasOthers>(sums);
 }
 
+// Weights of so many steps, and of the next ones, stay in the first-level cache beside the rows.
+constexpr int kChunkSteps = 4;
+
+// So far ahead one turn alone fetches.
+constexpr int kNearSteps = 2;
+
 // Sums for all rows, a half of the panel's outputs after the other: `take(first row, number, first output, sums)`.
+//
+// More rows than fit two tiles take turns at chunks of the weights, and each turn fetches its part of the next chunk from
+// memory, which so never waits for products. All turns have tiles of one shape: the last ones may share some rows.
 template <SlipstreamType kType, class Take>
 void add_up_panel(const TilePanel& panel, const Lines& lines, int num_rows, Take take) {
     constexpr int kLinesPerRow = kType == kInt8 ? 1 : kParts, kMostRows = 2 * kTileRows / kLinesPerRow;
+    constexpr int kMostTurns = (kRowsAtOnce + kMostRows - 1) / kMostRows;
+    const int num_turns = (num_rows + kMostRows - 1) / kMostRows, number = (num_rows + num_turns - 1) / num_turns;
     const int num_steps = panel.num_words / kTileWords;
-    Sums sums;
+    const int chunk = num_turns == 1 ? num_steps : kChunkSteps, steps_ahead = num_turns == 1 ? kNearSteps : kChunkSteps;
+    const int lines_ahead = (kStepLines + num_turns - 1) / num_turns;
+    const auto add = number * kLinesPerRow > kTileRows ? add_up<kType, true> : add_up<kType, false>;
+    const auto first_row = [&](int turn) { return std::min(turn * number, num_rows - number); };
+    Sums sums[kMostTurns];
+    shape_tiles(number * kLinesPerRow);
     for (int half = 0; half < 2; ++half) {
         const char* const weights = panel.data + size_t(half) * num_steps * kStepBytes;
-        for (int first = 0; first < num_rows; first += kMostRows) {
-            const int number = std::min(kMostRows, num_rows - first);
-            const Lines some{lines.data + long(first) * kLinesPerRow * lines.stride, lines.stride};
-            shape_tiles(number * kLinesPerRow);
-            settle_memory();
-            const auto add = number * kLinesPerRow > kTileRows ? add_up<kType, true> : add_up<kType, false>;
-            add(weights, num_steps, some, first == 0, sums);
-            settle_memory();
-            take(first, number, half * kHalf, sums);
+        for (int step = 0; step < num_steps; step += chunk) {
+            const Steps steps{weights + step * kStepBytes, step, std::min(chunk, num_steps - step)};
+            for (int turn = 0; turn < num_turns; ++turn) {
+                const Lines some{lines.data + long(first_row(turn)) * kLinesPerRow * lines.stride, lines.stride};
+                const Ahead ahead{steps.weights + steps_ahead * kStepBytes + turn * lines_ahead * kLine, lines_ahead};
+                settle_memory();
+                add(steps, some, ahead, sums[turn]);
+            }
         }
+        settle_memory();
+        for (int turn = 0; turn < num_turns; ++turn) take(first_row(turn), number, half * kHalf, sums[turn]);
     }
 }
 
