@@ -53,6 +53,10 @@ class RequestTooLarge(RequestError):
     """The body is longer than the limit."""
 
 
+class RequestTimedOut(RequestError):
+    """The body did not come in time."""
+
+
 class UnknownModel(RequestError):
     """The request names a model that is not served here."""
 

@@ -39,6 +39,8 @@ def data_path_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure",
         "RAY_SERVE_HAPROXY_RETRIES": "3",
+        # A client that neither sends nor reads what is there for it keeps neither its connection nor its answer.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",
         # A change of replicas starts a new HAProxy; the old one lives until its last answer is out.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",

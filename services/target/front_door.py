@@ -19,7 +19,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.target.callers import Callers
 from services.target.openai_answers import error_body, error_event
-from slipstream.errors import EngineStopped, GenerationFailed, QueueFull, RequestError, RequestTooLarge, UnknownModel
+from slipstream.errors import (
+    EngineStopped,
+    GenerationFailed,
+    QueueFull,
+    RequestError,
+    RequestTimedOut,
+    RequestTooLarge,
+    UnknownModel,
+)
 from slipstream.telemetry import ReplicaMetrics
 
 logger = logging.getLogger(__name__)
@@ -32,6 +40,7 @@ _RETRY_LATER: Final = MappingProxyType({"retry-after": str(RETRY_AFTER_S)})
 _NOT_ANSWERED: Final = 0
 _CLIENT_LEFT: Final = 499
 _INTERNAL_ERROR: Final = 500
+_STATUS_OF: Final = MappingProxyType({RequestTooLarge: 413, RequestTimedOut: 408})
 _UNCOUNTED_PATHS: Final = PUBLIC_PATHS | {"/metrics"}
 
 
@@ -131,8 +140,7 @@ def _failure_of(error: Exception) -> _Failure:
     if isinstance(error, UnknownModel):
         return _Failure(404, str(error), "invalid_request_error", "model_not_found", error.param)
     if isinstance(error, RequestError):
-        status = 413 if isinstance(error, RequestTooLarge) else 400
-        return _Failure(status, str(error), "invalid_request_error", None, error.param)
+        return _Failure(_STATUS_OF.get(type(error), 400), str(error), "invalid_request_error", None, error.param)
     if isinstance(error, QueueFull):
         return _Failure(429, str(error), "rate_limit_error", "queue_full", headers=_RETRY_LATER)
     if isinstance(error, EngineStopped):

@@ -25,15 +25,22 @@ from services.target.openai_requests import GenerationCall, parse_chat, parse_co
 from services.target.prompt_text import PromptText
 from slipstream import __version__
 from slipstream.engine.request import Request, SamplingParams
-from slipstream.errors import RequestError, RequestTooLarge, UnknownModel
+from slipstream.errors import RequestError, RequestTimedOut, RequestTooLarge, UnknownModel
 from slipstream.records import sample_id
 from slipstream.telemetry import ReplicaMetrics
 from slipstream.versions import DEFAULT_DOMAIN, NO_VERSION
 
 MAX_BODY_BYTES: Final = 4 * 2**20
+BYTES_BESIDE_THE_TEXT: Final = 256 * 2**10
+"""Room for all other fields in a body; the text itself may have all its characters escaped."""
+
+BODY_TIMEOUT_S: Final = 30.0
+"""A body that takes longer ends with 408: it holds one of the few places that Serve gives out."""
+
 MAX_BYTES_ON_THE_LOOP: Final = 4096
 """Longer texts are parsed and tokenized in a thread: 4 KiB take up to 2 ms of the event loop, which all share."""
 
+_BYTES_OF_AN_ESCAPE: Final = 6
 _MODEL_PREFIX: Final = "/v1/models/"
 _DOMAIN: Final = re.compile(r"[a-z0-9_-]{1,32}")
 
@@ -63,6 +70,8 @@ class Ingress:
         self._runner = runner
         self._metrics = metrics
         self._callers = callers
+        most_text = _BYTES_OF_AN_ESCAPE * model.max_context_tokens * prompt_text.token_bytes.longest
+        self._max_body_bytes = min(most_text + BYTES_BESIDE_THE_TEXT, MAX_BODY_BYTES)
 
     def app(self) -> ASGIApp:
         """The ASGI application, identity check and error shapes included."""
@@ -99,7 +108,7 @@ class Ingress:
 
     async def _generate(self, http: HttpRequest, parse: Callable[[bytes], GenerationCall]) -> Response:
         arrived_at = time.monotonic()
-        body = await _read_body(http)
+        body = await _read_body(http, max_bytes=self._max_body_bytes)
         call = await _beside_the_loop(parse, body, size=len(body))
         self._check_model(call.model)
         prompt_ids = await self._prompt_ids(call)
@@ -293,22 +302,28 @@ async def _beside_the_loop(work: Callable[[_A], _R], argument: _A, *, size: int)
     return await asyncio.to_thread(work, argument)
 
 
-async def _read_body(http: HttpRequest) -> bytes:
-    """The body, refused as soon as it is known to be too long."""
-    parts, size = [], 0
+async def _read_body(http: HttpRequest, *, max_bytes: int) -> bytes:
+    """The body, refused as soon as it is known to be too long, or if it does not come."""
     announced = http.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        raise _too_large(int(announced))
-    async for part in http.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise _too_large(size)
-        parts.append(part)
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(int(announced), max_bytes)
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in http.stream():
+                size += len(part)
+                if size > max_bytes:
+                    raise _too_large(size, max_bytes)
+                parts.append(part)
+    except TimeoutError as error:
+        raise RequestTimedOut(
+            f"{size} bytes of the body came within {BODY_TIMEOUT_S:g} seconds, expected all of it; send it again"
+        ) from error
     return b"".join(parts)
 
 
-def _too_large(size: int) -> RequestTooLarge:
-    return RequestTooLarge(f"the body has {size} bytes or more, expected at most {MAX_BODY_BYTES}; send less")
+def _too_large(size: int, max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body has {size} bytes or more, expected at most {max_bytes}; send less")
 
 
 def _domain(http: HttpRequest) -> str:

@@ -344,5 +344,8 @@ def _number(body: Mapping[str, Any], field: str, *, low: float, high: float) -> 
 
 def _shown(value: Any) -> str:
     """The value as JSON, cut: an error message must not carry a whole prompt back."""
-    text = msgspec.json.encode(value).decode()
+    try:
+        text = msgspec.json.encode(value).decode()
+    except RecursionError:  # what can be read may be one level too deep to be written
+        text = "nested too deeply"
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 _STOP_S = 2.0
 
+_MAX_TENANT_MATRICES = 16
+"""Of Token Recycling, those of the tenants that came last: 1 MB each at 32,000 tokens."""
+
 
 class Replica:
     """Loads the target and serves it; raises CheckpointError or ConfigError if it cannot."""
@@ -167,7 +170,8 @@ def _drafting(settings: Settings) -> DraftingOptions | None:
     if not slipstream_kernels.is_available():
         logger.warning("no compiled kernels: drafting with the draft model alone, whatever it costs")
         return None
-    return DraftingOptions()
+    # Where tenants are told apart, none is drafted for with what another one's requests taught.
+    return DraftingOptions(max_tenants=None if settings.addresses.api_keys is None else _MAX_TENANT_MATRICES)
 
 
 def _limits(settings: Settings, drafting: DraftingOptions | None) -> EngineLimits:

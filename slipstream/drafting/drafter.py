@@ -49,11 +49,13 @@ class StepLoad(msgspec.Struct, frozen=True):
 class LearnedRequest(msgspec.Struct, frozen=True):
     """A request that got tokens in a pass, over `num_rows` of the lesson's rows.
 
-    It has `num_tokens` tokens now; `output_ids` is its whole output if it ended there.
+    It has `num_tokens` tokens now; `output_ids` is its whole output if it ended there. Without `may_train` nothing of
+    its text may be kept for other requests.
     """
 
     slot: int
     tenant: str
+    may_train: bool
     num_rows: int
     num_tokens: int
     output_ids: Sequence[int] | None = None

@@ -311,18 +311,21 @@ class MergedDrafter:
         )
 
     def _recycle(self, lesson: Lesson) -> None:
-        if self.options.max_tenants is None:
+        """Rows of the matrix, or of each tenant's own, from what the target said of texts that may be learned from."""
+        has_one_matrix = self.options.max_tenants is None
+        if has_one_matrix and all(one.may_train for one in lesson.requests):
             self._recycling.observe_logits(lesson.row_ids_X, lesson.logits_XV)
             return
-        tenants_X = np.repeat([one.tenant for one in lesson.requests], [one.num_rows for one in lesson.requests])
-        for tenant in dict.fromkeys(one.tenant for one in lesson.requests):
-            rows = np.flatnonzero(tenants_X == tenant)
-            self._recycling.observe_logits(lesson.row_ids_X[rows], lesson.logits_XV[rows], tenant=tenant)
+        owners = [("" if has_one_matrix else one.tenant) if one.may_train else None for one in lesson.requests]
+        owners_X = np.repeat(np.array(owners, object), [one.num_rows for one in lesson.requests])
+        for owner in dict.fromkeys(one for one in owners if one is not None):
+            rows = np.flatnonzero(owners_X == owner)
+            self._recycling.observe_logits(lesson.row_ids_X[rows], lesson.logits_XV[rows], tenant=owner)
 
     def _ended(self, request: LearnedRequest, output_ids: Sequence[int]) -> None:
         num_new = request.num_tokens - self._num_known[request.slot]
         self._take_in(self._merger.end(request.slot, output_ids[-num_new:] if num_new else ()))
-        if "pool" in self.options.sources:
+        if "pool" in self.options.sources and request.may_train:
             self._merger.keep(_scope(request.tenant), output_ids)
 
     def _take_in(self, num_judged: int) -> None:

@@ -68,8 +68,14 @@ def lesson_of(passes: Sequence[Pass], plan: StepPlan, output: StepOutput, pass_s
 def _learned(one: Pass) -> LearnedRequest:
     sequence = one.sequence
     output_ids = None if sequence.finish_reason is None else sequence.token_ids[sequence.num_prompt :]
-    num_rows = 1 + len(one.tree.token_ids)
-    return LearnedRequest(sequence.slot, sequence.request.tenant, num_rows, len(sequence.token_ids), output_ids)
+    return LearnedRequest(
+        slot=sequence.slot,
+        tenant=sequence.request.tenant,
+        may_train=sequence.request.may_train,
+        num_rows=1 + len(one.tree.token_ids),
+        num_tokens=len(sequence.token_ids),
+        output_ids=output_ids,
+    )
 
 
 def passes_of(sequences: Sequence[RunningSequence], trees: Sequence[DraftTree]) -> list[Pass]:

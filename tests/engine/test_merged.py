@@ -298,6 +298,24 @@ def test_what_a_tenant_wrote_is_found_by_that_tenant_alone(target: Checkpoint, p
     assert accepted["writer-0"] == accepted["reader-2"] == 0
 
 
+@pytest.mark.parametrize("source", ["pool", "recycling"])
+@pytest.mark.parametrize("max_tenants", [None, 2])
+def test_what_may_not_be_learned_from_is_not_found_again(
+    target: Checkpoint, prompts: Prompts, source: Source, max_tenants: int | None
+) -> None:
+    accepted: dict[bool, int] = {}
+    for may_train in (True, False):
+        engine = _engine(target, DraftingOptions(sources=(source,), fixed_nodes=4, max_tenants=max_tenants))
+        for index in range(2):
+            blocks: list[TokenBlock] = []
+            engine.submit(request_for(index, prompts[3], Served(may_train=may_train)), blocks.append)
+            while engine.step():
+                pass
+        accepted[may_train] = sum(block.num_accepted for block in blocks)
+    assert accepted[True] > 10
+    assert accepted[False] == 0
+
+
 def test_a_budget_needs_to_know_what_steps_cost() -> None:
     with pytest.raises(ValueError, match="either fixed_nodes or an economy"):
         MergedDrafter(DraftingOptions(), vocab_size=8, num_slots=1, max_nodes=4, economy=None)

@@ -51,6 +51,17 @@ def test_no_connection_to_a_replica_is_used_twice() -> None:
     assert [line for line in lines if line.startswith("http-reuse")] == ["http-reuse never"]
 
 
+def test_a_request_whose_body_does_not_come_waits_in_haproxy_and_not_for_long() -> None:
+    lines = [line.strip() for line in closed(RAYS, "/run/page").splitlines()]
+    defaults = lines[lines.index("defaults") : lines.index("frontend http_frontend")]
+    assert {"option http-buffer-request", "timeout http-request 10s"} <= set(defaults)
+
+
+@pytest.mark.parametrize("header", ["x-request-disconnect-disabled", "x-request-timeout-seconds"])
+def test_headers_that_serve_would_obey_do_not_reach_it(header: str) -> None:
+    assert f"http-request del-header {header}" in [line.strip() for line in closed(RAYS, "/run/page").splitlines()]
+
+
 def test_closing_twice_changes_only_the_doubled_rule() -> None:
     once = closed(RAYS, "/run/page")
     assert set(closed(once, "/run/page").splitlines()) == set(once.splitlines())

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from services.target import ingress
 from services.target.callers import Callers
-from services.target.ingress import MAX_BODY_BYTES
+from services.target.ingress import BYTES_BESIDE_THE_TEXT, MAX_BODY_BYTES
 from slipstream.config import Tenant
 from slipstream.errors import QueueFull
 from tests.unit.ingress_service import HASHED, KEY, PROMPT_TEXT, Service
@@ -117,6 +118,28 @@ def test_a_chat_may_use_the_rest_of_the_context() -> None:
     service.send("POST", "/v1/chat/completions", json=body)
     request = service.runner.requests[0]
     assert request.sampling.max_tokens == 64 - len(request.prompt_ids)
+
+
+def test_a_body_that_does_not_come_is_408_and_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "BODY_TIMEOUT_S", 0.01)
+    service = Service()
+
+    async def stalled() -> Any:
+        yield b'{"model": '
+        await asyncio.Event().wait()
+
+    response = service.send("POST", "/v1/completions", content=stalled())
+    assert response.status_code == 408
+    assert "10 bytes of the body came within 0.01 seconds" in response.json()["error"]["message"]
+    assert service.count(408) == 1
+
+
+def test_a_body_that_no_text_of_the_context_needs_is_413() -> None:
+    longest = 64 * PROMPT_TEXT.token_bytes.longest
+    whole = json.dumps({"model": "m", "prompt": "\u00e9" * (longest // 2)})
+    assert Service().send("POST", "/v1/completions", content=whole).status_code == 400  # two tokens a character
+    too_long = b" " * (6 * longest + BYTES_BESIDE_THE_TEXT + 1)
+    assert Service().send("POST", "/v1/completions", content=too_long).status_code == 413
 
 
 def test_a_body_over_the_limit_is_413() -> None:
