@@ -48,19 +48,30 @@ class KernelsUnavailable(RuntimeError):
 def instruction_sets() -> tuple[str, ...]:
     """The sets that sources are compiled for on this kind of machine, best first; raises KernelsUnavailable.
 
-    Older compilers do not know the newest set.
+    Older compilers and assemblers do not know the newest one.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ("baseline",)
     return _known_sets(_compiler())
 
 
+_NEWEST_INSTRUCTIONS = 'void f() { __asm__("ldtilecfg 0(%rsp); tdpbf16ps %tmm0, %tmm1, %tmm2"); }'
+"""What an assembler must know for the best set: it may be older than its compiler."""
+
+
 @functools.cache
 def _known_sets(compiler: str) -> tuple[str, ...]:
-    """The sets whose flags the compiler takes: the best of them, and those that it holds."""
+    """The sets that compiler and assembler know: the best of them, and those that it holds."""
     for place, isa in enumerate(INSTRUCTION_SETS):
-        check = [compiler, *_ISA_FLAGS[isa], "-fsyntax-only", "-x", "c++", os.devnull]
-        if subprocess.run(check, capture_output=True, check=False, timeout=_COMPILE_TIMEOUT_S).returncode == 0:
+        check = [compiler, *_ISA_FLAGS[isa], "-x", "c++", "-c", "-o", os.devnull, "-"]
+        text = _NEWEST_INSTRUCTIONS if isa == INSTRUCTION_SETS[0] else ""
+        try:
+            done = subprocess.run(
+                check, input=text, text=True, capture_output=True, check=False, timeout=_COMPILE_TIMEOUT_S
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KernelsUnavailable(f"{compiler} cannot run: {error}") from error
+        if done.returncode == 0:
             return INSTRUCTION_SETS[place:]
     return INSTRUCTION_SETS[-1:]
 
@@ -120,7 +131,8 @@ def _digest(sources: Path, compiler: str) -> str:
     for path in (Path(__file__), *sorted(sources.iterdir())):
         digest.update(path.name.encode() + path.read_bytes())
     version = _run([compiler, "--version"]).splitlines()[:1]
-    digest.update(repr((version, _FLAGS, _ISA_FLAGS, platform.machine())).encode())
+    flags = {isa: _ISA_FLAGS[isa] for isa in instruction_sets()}
+    digest.update(repr((version, _FLAGS, flags, platform.machine())).encode())
     return digest.hexdigest()[:16]
 
 

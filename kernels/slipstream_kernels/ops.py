@@ -52,6 +52,9 @@ class PackedMatrix:
 def matrix_product(x_TD: Tensor, weight: PackedMatrix) -> Tensor:
     """x @ weight^T, fp32 [T, O]: every output one chain of fused multiply-adds over D from first to last.
 
+    With matrix tiles (`amx`) and bf16 weights every output is such a chain for each of the three bf16 that a value of a
+    row is the sum of, and then their sum.
+
     With an int8 matrix every output is a sum of integers, times two scales, of rows rounded to 64ths of their largest
     magnitude; NaN for rows that are not finite.
     """
@@ -85,7 +88,7 @@ class PackedExperts:
 
 
 def expert_mlp(x_TD: Tensor, experts: PackedExperts, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Weighted sum [T, D] of down(silu(gate(x)) * up(x)) over each row's K experts, in the order they are given."""
+    """Weighted sum [T, D] of down(silu(gate(x)) * up(x)) over each row's K different experts, in their order."""
     x_TD, weights_TK = x_TD.float().contiguous(), weights_TK.float().contiguous()
     ids = _int32(expert_ids_TK)
     out_TD = torch.empty(len(x_TD), experts.hidden)

@@ -51,19 +51,23 @@ def logits(decoder: NativeDecoder, *sequences: Rows) -> torch.Tensor:
     return decoder.forward(plan_of(sequences)).logits_XV.clone()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefill_and_decode_of_unequal_lengths_equal_the_model(tmp_path: Path, family: Family, size: str) -> None:
+def test_prefill_and_decode_of_unequal_lengths_equal_the_model(
+    tmp_path: Path, family: Family, size: str, dtype: torch.dtype
+) -> None:
     checkpoint = load_checkpoint(random_checkpoint(family, tmp_path, size=size))
     lengths = (1, 16, 33, 90)
     ids = [random_ids(length, length + 1) for length in lengths]
     blocks = scattered(0, [length + 1 for length in lengths])
-    decoder = native(checkpoint)
+    decoder = native(checkpoint, dtype=dtype)
+    weights = {name: tensor.to(dtype) for name, tensor in checkpoint.weights.items()}
     prompts = [Rows(token_ids=some[:-1], blocks=where) for some, where in zip(ids, blocks, strict=True)]
     steps = [Rows(token_ids=one, blocks=at, start=len(one) - 1) for one, at in zip(ids, blocks, strict=True)]
     prefilled, decoded = logits(decoder, *prompts).split(lengths), logits(decoder, *steps)
     for some, before, after in zip(ids, prefilled, decoded, strict=True):
-        expected = causal_logits(checkpoint.config, checkpoint.weights, torch.tensor([some]))[0]
+        expected = causal_logits(checkpoint.config, weights, torch.tensor([some]))[0]
         torch.testing.assert_close(before, expected[:-1], rtol=0, atol=1e-4)
         torch.testing.assert_close(after, expected[-1], rtol=0, atol=1e-4)
 
@@ -207,11 +211,17 @@ def test_bits_are_a_rows_own_on_the_reference_target(instructions: str, dtype: t
     assert_bits_are_a_rows_own(lambda: native(checkpoint, dtype=dtype), random_ids(4, 60, vocab_size), vocab_size)
 
 
-@pytest.mark.parametrize("packs_int8", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "packs_int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bits_are_a_rows_own_in_every_family(tmp_path: Path, family: Family, packs_int8: bool) -> None:
+def test_bits_are_a_rows_own_in_every_family(
+    tmp_path: Path, family: Family, dtype: torch.dtype, packs_int8: bool
+) -> None:
     checkpoint = load_checkpoint(random_checkpoint(family, tmp_path, size="odd"))
-    assert_bits_are_a_rows_own(lambda: native(checkpoint, packs_int8=packs_int8), random_ids(5, 60), VOCAB_SIZE)
+    assert_bits_are_a_rows_own(
+        lambda: native(checkpoint, dtype=dtype, packs_int8=packs_int8), random_ids(5, 60), VOCAB_SIZE
+    )
 
 
 ANCESTORS_REVERSED = """position += query.num_ancestors - 1;

@@ -95,7 +95,7 @@ struct ExpertPass {
         } else {
             product(phases, experts.gate_up_, rows, row_of, activate);
         }
-        if (activated.has_bytes()) phases.run(num_choices, [&](int i) { activated.convert(i); });
+        if (activated.needs_whole_rows()) phases.run(num_choices, [&](int i) { activated.convert(i); });
         product(phases, experts.down_, activated, itself, [&](int i, int panel, const float* outputs) {
             float* const to = out + size_t(routing.choices[i]) * experts.out_width_ + panel * kPanel;
             std::copy(outputs, outputs + kPanel, to);

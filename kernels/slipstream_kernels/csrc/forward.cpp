@@ -9,10 +9,10 @@ namespace SLIPSTREAM_ISA {
 // One pass. The steps of a layer, each a phase whose tasks the threads share:
 //
 //   norm -> queries, keys, values -> rotate and write to the cache -> attend (-> round) -> attention out
-//        -> add, norm and route -> gate and up (-> round) -> down -> (next layer) add and norm ...
+//        -> add, norm and route (-> rows by expert) -> gate and up (-> round) -> down -> (next layer) add and norm ...
 //
 // Where matrices are int8, what they multiply is rounded once the whole row is there: a norm has it at hand, but heads
-// and panels of a row are the work of several tasks.
+// and panels of a row are the work of several tasks. Parts for matrix tiles are made by each of these tasks.
 //
 // Behind its keys and values, the last layer is computed for rows whose logits are wanted alone: nobody else looks at it.
 // There, place `i` of a buffer belongs to the i-th of these rows.
@@ -52,7 +52,7 @@ struct ForwardPass {
             const int place = task % num_places;
             attend_heads(phases.thread(), index, row_at(place), task / num_places, place);
         });
-        if (scratch.attended.has_bytes()) phases.run(num_places, [&](int place) { scratch.attended.convert(place); });
+        if (scratch.attended.needs_whole_rows()) phases.run(num_places, [&](int place) { scratch.attended.convert(place); });
         matrix_product(phases, layer.attention_out, scratch.attended, num_places, scratch.delta, decoder.delta_width_);
         phases.run(
             num_places,

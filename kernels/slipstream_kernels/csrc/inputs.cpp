@@ -43,7 +43,7 @@ Inputs::Inputs(int num_rows, int inner, Form form, slipstream::Arena& memory)
         scales_ = memory.take<float>(num_rows);
     } else if (form == Form::kParts) {
         other_stride_ = stride_of(inner * int(sizeof(uint16_t)), kLine);
-        const size_t size = size_t(num_rows) * kParts * other_stride_;
+        const size_t size = size_t(num_rows) * num_tile_rows() * other_stride_;
         other_ = memory.take<uint8_t>(size);
         // Tiles read whole lines. Where values end within one, what follows them is zero, now and for ever.
         if (inner * sizeof(uint16_t) % kLine != 0) std::memset(other_, 0, size);
@@ -51,21 +51,20 @@ Inputs::Inputs(int num_rows, int inner, Form form, slipstream::Arena& memory)
 }
 
 void Inputs::convert(int place) const {
-    if (has_bytes()) round(place);
+    if (needs_whole_rows()) round(place);
     split(place, 0, inner_);
 }
 
 void Inputs::copy(int place, const Inputs& others, int from) const {
     std::copy_n(others.row(from), inner_, row(place));
     if (form_ == Form::kFloats) return;
-    const size_t size = size_t(other_stride_) * (form_ == Form::kParts ? kParts : 1);
-    std::copy_n(others.other_ + from * size, size, other_ + place * size);
-    if (has_bytes()) scales_[place] = others.scales_[from];
+    std::copy_n(others.other_of(from), size_t(num_tile_rows()) * other_stride_, other_of(place));
+    if (form_ == Form::kBytes) scales_[place] = others.scales_[from];
 }
 
 void Inputs::round(int place) const {
     const float* const from = row(place);
-    uint8_t* const to = other_ + size_t(place) * other_stride_;
+    uint8_t* const to = other_of(place);
     const float largest = largest_magnitude(from, inner_);
     const float scale = largest < FLT_MIN * kMostSteps ? FLT_MIN : largest / kMostSteps, inverse = 1.0f / scale;
     int i = 0;
@@ -83,7 +82,7 @@ void Inputs::round(int place) const {
 void Inputs::split(int place, int first, int size) const {
     if (form_ != Form::kParts) return;
     const float* const from = row(place);
-    uint8_t* const to = other_ + size_t(place) * kParts * other_stride_;
+    uint8_t* const to = other_of(place);
     const auto split_some = [&](int i, Floats rest, int number) {
         for (int part = 0; part < kParts; ++part) {
             const Words upper = (Words)rest & 0xFFFF0000u;

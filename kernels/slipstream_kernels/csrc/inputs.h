@@ -27,10 +27,10 @@ struct RoundedRow {
 // A float is the sum of so many bf16, each the upper half of what those before it leave: 24 bits in three times eight.
 constexpr int kParts = 3;
 
-// Rows of bf16, one after the other at a stride: the parts of a row, the largest first, then those of the next.
-struct SplitRows {
-    const uint16_t* parts;
-    int stride;
+// Rows as tiles are loaded from them, `stride` bytes apart: of every row its bytes, or its parts, the largest first.
+struct TileRows {
+    const uint8_t* data;
+    long stride;
 };
 
 // What products with a matrix read: the floats of a row, its parts where the processor multiplies tiles of bf16, or,
@@ -54,24 +54,23 @@ class Inputs {
     // Make the other form of a row that is whole now.
     void convert(int place) const;
 
-    // Of values that are there before others of their row: their parts; nothing where there are none.
+    // Make the parts of some values of a row, others of which may not be there yet; nothing if it has none.
     void split(int place, int first, int size) const;
-    // Whether that leaves a form to be made, of the whole row.
-    bool has_bytes() const { return form_ == Form::kBytes; }
 
-    // Take over a whole row of others of the same form, converted as it is.
+    // Whether rows have a form that `split` does not make.
+    bool needs_whole_rows() const { return form_ == Form::kBytes; }
+
+    // Take over a row of others of the same form, converted as it is.
     void copy(int place, const Inputs& others, int from) const;
 
-    // Of rows that were converted.
-    int byte_stride() const { return other_stride_; }
-    RoundedRow rounded(int place) const { return {other_ + size_t(place) * other_stride_, scales_[place]}; }
-    SplitRows split_rows(int place) const {
-        const int stride = other_stride_ / int(sizeof(uint16_t));
-        return {reinterpret_cast<const uint16_t*>(other_) + size_t(place) * kParts * stride, stride};
-    }
+    // Of rows that were converted, from this place on.
+    RoundedRow rounded(int place) const { return {other_of(place), scales_[place]}; }
+    TileRows tile_rows(int place) const { return {other_of(place), other_stride_}; }
 
    private:
     void round(int place) const;
+    int num_tile_rows() const { return form_ == Form::kParts ? kParts : 1; }
+    uint8_t* other_of(int place) const { return other_ + size_t(place) * num_tile_rows() * other_stride_; }
 
     Form form_ = Form::kFloats;
     int inner_ = 0, stride_ = 0, other_stride_ = 0;  // in floats, and in bytes

@@ -239,6 +239,7 @@ void Packed::pack_rounded(const Source& source, size_t first, int inner, int out
 }
 
 void Packed::product(int panel, const Inputs& inputs, const int* places, int num_rows, float* out) const {
+    assert(!is_in_tiles(type_) || places[num_rows - 1] == places[0] + num_rows - 1);
     const Weights weights{strip_of(panel * kPanel), strip_bytes_};
     const int inner = num_words_ * per_word(type_);
     if (is_rounded()) {

@@ -1,8 +1,8 @@
 // Products of a few rows with a packed weight matrix: out[row][o] = sum over i of x[row][i] * weight[o][i].
 //
 // The sum runs over i from first to last in one fused multiply-add chain per output, outputs side by side in vectors;
-// with int8 it is one of integers, exact in any order. So a row's result does not depend on how many rows share the tile,
-// on the tile's width, or on threads.
+// with int8 it is one of integers, exact in any order; with matrix tiles it is one of each of a row's parts (tiles.h). So
+// a row's result does not depend on how many rows are multiplied together, nor on threads.
 #pragma once
 
 #include <algorithm>

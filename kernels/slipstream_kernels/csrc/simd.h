@@ -26,11 +26,13 @@ constexpr int kLanes = 4;
 constexpr int kRegisters = 16, kStripVectors = 2, kMaxTileRows = 6;
 #endif
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
-constexpr bool kHasTiles = true;
+// Whether products are made of matrix tiles (tiles.h).
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define SLIPSTREAM_TILES 1
 #else
-constexpr bool kHasTiles = false;
+#define SLIPSTREAM_TILES 0
 #endif
+constexpr bool kHasTiles = SLIPSTREAM_TILES;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));

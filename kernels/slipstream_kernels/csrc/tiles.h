@@ -2,7 +2,7 @@
 //
 // A tile holds 16 rows of 64 bytes. One of weights is 16 words of 16 outputs; one of inputs is a line of 16 rows, so that
 // ten rows fill two of them with three parts each, or 32 with their bytes. An instruction adds their products to 16 x 16
-// sums, word after word and for every row by itself: what a row gets does not depend on its tile.
+// sums, in one order and for every row by itself: what a row gets does not depend on its tile.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ constexpr bool is_in_tiles(SlipstreamType type) { return kHasTiles && type != kF
 // What a thread opens around its products. In between, other code of the process may give tiles other shapes.
 class TileSession {
    public:
-#if defined(__AMX_TILE__)
+#if SLIPSTREAM_TILES
     TileSession();
     ~TileSession();
 #else
@@ -43,7 +43,7 @@ size_t place_in_tiles(int word, int output, int num_words);
 void split_product(const TilePanel& weights, const Inputs& inputs, int place, int num_rows, float* out);
 void rounded_product(const TilePanel& weights, const Inputs& inputs, int place, int num_rows, int32_t* out);
 
-// For measurements: so many rounds of products of full tiles, in registers alone, and what a round stands for in
+// For measurements: so many rounds of products of as many rows as fit two tiles, in registers alone, and what a round stands for in
 // multiply-adds of rows and weights.
 constexpr int kRoundRows = 10, kRoundOutputs = 32, kRoundInner = 32;
 void multiply_tiles(int64_t num_rounds);
