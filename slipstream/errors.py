@@ -5,6 +5,7 @@
     ├── CheckpointError        a checkpoint directory cannot be served (missing, unsupported, malformed)
     ├── RequestError           the caller's request cannot be served; carries the parameter's name (HTTP 400)
     │   ├── RequestTooLarge    the body is longer than the limit (HTTP 413)
+    │   ├── RequestTimedOut    the body did not come in time (HTTP 408)
     │   └── UnknownModel       no such model here (HTTP 404)
     ├── QueueFull              more requests than the configured limit (HTTP 429)
     ├── EngineStopped          the replica is going away and finishes no more requests (HTTP 503)

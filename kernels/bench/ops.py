@@ -1,9 +1,9 @@
 """Every op against its roofline: `python kernels/bench/ops.py [--threads N]`.
 
 A line says what an op took, what it read and multiplied in that time, and how that compares with what the machine can
-do at best: the larger of the two shares is how near the op is to its roofline. Products may be made of matrix tiles, all
-else is made of vectors, and each is held against its own. Weights are cycled through so many
-copies that they come from memory, as they do in a decoder larger than the caches; activations stay in the cache.
+do at best: the larger of the two shares is how near the op is to its roofline. Products may be made of matrix tiles,
+all else is made of vectors; each is held against its own. Weights are cycled through so many copies that they come from
+memory, as they do in a decoder larger than the caches; activations stay in the cache.
 Attention, norm, rotation and routing run on one thread here; they and the choice of tokens read next to nothing, and
 their time is what counts.
 """

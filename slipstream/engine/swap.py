@@ -19,7 +19,7 @@ import msgspec
 
 from slipstream.engine.artifact import checked_digest, fetch
 from slipstream.engine.served import Served
-from slipstream.errors import ArtifactRejected, StoreError
+from slipstream.errors import ArtifactRejected, ConfigError, StoreError
 from slipstream.stores.artifacts import write_durably
 from slipstream.stores.protocols import ACKNOWLEDGEMENT_TTL_S, PointerStore
 from slipstream.telemetry import ReplicaMetrics
@@ -84,7 +84,7 @@ class PointerFollower:
             try:
                 self.look()
                 self._pointers.wait_for_move(timeout_s=self._poll_s)
-            except StoreError as error:
+            except (StoreError, ConfigError) as error:  # a password that changed is an outage like any other
                 self._note_outage(error)
                 self._is_stopping.wait(self._poll_s)
             except Exception:  # the outermost loop: a follower that died would leave the replica behind for ever
@@ -230,7 +230,7 @@ class PointerFollower:
         self._note_applied(pointer)
         logger.info("starting with the last good %s of domain %s, version %d", *self._served.place, pointer.version)
 
-    def _note_outage(self, error: StoreError) -> None:
+    def _note_outage(self, error: StoreError | ConfigError) -> None:
         if not self._is_out_of_reach:
             logger.warning(
                 "the pointer store does not answer, version %d keeps serving: %s", self._served.version, error

@@ -19,7 +19,7 @@ from slipstream.engine.engine import Engine
 from slipstream.engine.runner import EngineRunner
 from slipstream.engine.served import Served, ServedDraft, ServedMatrix
 from slipstream.engine.swap import PointerFollower
-from slipstream.errors import StoreUnavailable
+from slipstream.errors import ConfigError, StoreUnavailable
 from slipstream.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from slipstream.models.decoder import initial_draft
 from slipstream.stores.memory import MemoryPointers
@@ -277,14 +277,19 @@ def test_a_replica_without_a_pointer_says_that_it_serves_without_a_draft(replica
 
 
 class DownPointers(MemoryPointers):
-    """A pointer store that does not answer."""
+    """A pointer store that does not answer, or not to this password."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
     def read(self, role: str, domain: str) -> ServingPointer | None:  # type: ignore[override]
-        raise StoreUnavailable("connection refused")
+        raise self.error
 
 
+@pytest.mark.parametrize("error", [StoreUnavailable("connection refused"), ConfigError("wrong password")])
 def test_a_replica_starts_from_the_last_good_version_with_the_store_down(
-    target: Checkpoint, root: Path, general: Checkpoint, tmp_path: Path
+    target: Checkpoint, root: Path, general: Checkpoint, tmp_path: Path, error: Exception
 ) -> None:
     first = Replica(target, MemoryPointers(), root, tmp_path / "cache")
     first.start()
@@ -292,10 +297,13 @@ def test_a_replica_starts_from_the_last_good_version_with_the_store_down(
     first.acknowledged(1)
     first.stop()
     shutil.rmtree(root)
-    second = Replica(target, DownPointers(), root, tmp_path / "cache")
+    second = Replica(target, DownPointers(error), root, tmp_path / "cache")
     second.start()
     wait_for(lambda: second.runner.draft_version == 7)
     assert second.runner.engine.draft_digest == general.digest
+    values = second.metrics.registry.get_sample_value
+    wait_for(lambda: values("slipstream_store_up", {"store": "pointers"}) == 0)
+    assert values("slipstream_unexpected_errors_total") == 0
     second.stop()
 
 
@@ -332,7 +340,7 @@ def test_last_good_versions_of_all_places_serve_with_the_store_down(
         first.acknowledged(1, place=place)
     first.stop()
     shutil.rmtree(root)
-    second = Replica(target, DownPointers(), root, tmp_path / "cache")
+    second = Replica(target, DownPointers(StoreUnavailable("connection refused")), root, tmp_path / "cache")
     second.start()
     served = {place: follower._served for place, follower in second.followers.items()}
     wait_for(lambda: [one.version for one in served.values()] == [7, 3, 5])
