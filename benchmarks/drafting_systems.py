@@ -2,13 +2,15 @@
 
 The memory of a rented machine is now half, now twice as fast, and changes within seconds. So the engine that has got
 least far with a group of requests takes the next turn: at every moment all of them have met the same machine, and
-ratios of their times mean something. Each has a part of one decoder's cache of its own; what finding it takes is left
+ratios of their times mean something. Of those that are equally far chance decides: whoever comes second finds in a large
+cache the experts that the same tokens woke right before. Each has a part of one decoder's cache of its own; what finding it takes is left
 out of all times.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Sequence
 
@@ -258,8 +260,9 @@ def serve_by_turns(runners: Sequence[Runner], queries: Sequence[Query], temperat
     for runner in runners:
         runner.begin(queries, temperature)
     working = [runner for runner in runners if not runner.is_done]
+    chance = random.Random(queries[0].seed)
     while working:
-        min(working, key=lambda runner: runner.num_tokens).take_turn()
+        min(working, key=lambda runner: (runner.num_tokens, chance.random())).take_turn()
         working = [runner for runner in working if not runner.is_done]
     gc.enable()
     return [runner.served() for runner in runners]
