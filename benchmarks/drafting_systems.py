@@ -2,9 +2,9 @@
 
 The memory of a rented machine is now half, now twice as fast, and changes within seconds. So the engine that has got
 least far with a group of requests takes the next turn: at every moment all of them have met the same machine, and
-ratios of their times mean something. Of those that are equally far chance decides: whoever comes second finds in a large
-cache the experts that the same tokens woke right before. Each has a part of one decoder's cache of its own; what finding it takes is left
-out of all times.
+ratios of their times mean something. Of those that are equally far chance decides: whoever comes second finds in a
+large cache the experts that the same tokens woke right before. Each has a part of one decoder's cache of its own; what
+finding it takes is left out of all times.
 """
 
 from __future__ import annotations
