@@ -66,13 +66,10 @@ def _known_sets(compiler: str) -> tuple[str, ...]:
         check = [compiler, *_ISA_FLAGS[isa], "-x", "c++", "-c", "-o", os.devnull, "-"]
         text = _NEWEST_INSTRUCTIONS if isa == INSTRUCTION_SETS[0] else ""
         try:
-            done = subprocess.run(
-                check, input=text, text=True, capture_output=True, check=False, timeout=_COMPILE_TIMEOUT_S
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise KernelsUnavailable(f"{compiler} cannot run: {error}") from error
-        if done.returncode == 0:
-            return INSTRUCTION_SETS[place:]
+            _run(check, source=text)
+        except KernelsUnavailable:
+            continue
+        return INSTRUCTION_SETS[place:]
     return INSTRUCTION_SETS[-1:]
 
 
@@ -174,9 +171,11 @@ def _units(sources: Path) -> list[tuple[Path, str]]:
     ]
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Sequence[str], *, source: str = "") -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_COMPILE_TIMEOUT_S)
+        done = subprocess.run(
+            command, input=source, capture_output=True, text=True, check=False, timeout=_COMPILE_TIMEOUT_S
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelsUnavailable(f"{command[0]} cannot run: {error}") from error
     if done.returncode:

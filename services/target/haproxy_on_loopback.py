@@ -21,11 +21,12 @@ _DROP_BAD_REQUEST_ID = (
     "http-request del-header x-request-id unless { req.hdr(x-request-id) -m reg ^[A-Za-z0-9._-]{1,64}$ }"
 )
 _DROP_SERVES_SWITCHES = (
-    "http-request del-header x-request-disconnect-disabled\n    http-request del-header x-request-timeout-seconds"
+    "http-request del-header x-request-disconnect-disabled",
+    "http-request del-header x-request-timeout-seconds",
 )
 """Serve obeys these of any client: one makes it read a body from a thread that does not own the connection."""
 
-_WAIT_FOR_BODIES = "option http-buffer-request\n    timeout http-request 10s"
+_WAIT_FOR_BODIES = ("option http-buffer-request", "timeout http-request 10s")
 """A request that says no more after its head, or not even that, ends with 408 before it holds a place at a replica."""
 
 _CLOSE_TO_CLIENTS, _NEVER_REUSE = "option httpclose", "    http-reuse never"
@@ -64,9 +65,9 @@ def _closed_line(line: str, error_page: str) -> str:
     if words[:1] == ["errorfile"]:
         return f"    errorfile {words[1]} {error_page}"
     if words[:1] == ["bind"]:
-        return "\n    ".join((line, _DROP_BAD_REQUEST_ID, _DROP_SERVES_SWITCHES, _openai_errors(error_page)))
+        return "\n    ".join((line, _DROP_BAD_REQUEST_ID, *_DROP_SERVES_SWITCHES, _openai_errors(error_page)))
     if words == ["defaults"]:
-        return "\n    ".join((line, _CLOSE_TO_CLIENTS, _ANSWER_BEFORE_CLOSING, _WAIT_FOR_BODIES))
+        return "\n    ".join((line, _CLOSE_TO_CLIENTS, _ANSWER_BEFORE_CLOSING, *_WAIT_FOR_BODIES))
     if words[:1] == ["http-reuse"]:
         return _NEVER_REUSE
     return line.replace(" mode 666 ", " mode 600 ")

@@ -94,7 +94,7 @@ def test_an_unforeseen_failure_within_a_stream_is_counted_and_ends_it(caplog: py
 
 def test_a_value_nested_to_any_depth_is_the_callers_error() -> None:
     service = Service()
-    for depth in range(100, 1200, 1):
+    for depth in range(100, 1200):
         body = f'{{"model": "m", "prompt": "x", "temperature": {"[" * depth}{"]" * depth}}}'
         assert service.send("POST", "/v1/completions", content=body).status_code == 400
     assert service.num_unexpected() == 0

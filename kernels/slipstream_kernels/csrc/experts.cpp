@@ -89,6 +89,7 @@ struct ExpertPass {
             silu_product(outputs, outputs + kHalf, kHalf, activated.row(i) + panel * kHalf);
             activated.split(i, panel * kHalf, kHalf);
         };
+        // Tiles are loaded from rows side by side, as those of one row or of the only expert are.
         if (kHasTiles && num_rows > 1 && experts.num_experts() > 1) {
             phases.run(num_choices, [&](int i) { grouped.copy(i, rows, row_of(i)); });
             product(phases, experts.gate_up_, grouped, itself, activate);
