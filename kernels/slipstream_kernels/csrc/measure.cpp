@@ -15,6 +15,9 @@ namespace {
 // Enough sums in flight to hide the four cycles of an addition on two ports, and few enough for 16 registers.
 constexpr int kSums = 8;
 
+// Reading asks for what comes, as products do: by itself a processor kept fewer lines under way (33 GB/s, and 38 so).
+constexpr int kFloatsAhead = 256;
+
 // A result that nobody reads would let the compiler leave the work out.
 std::atomic<float> sink{0.0f};
 
@@ -48,7 +51,11 @@ float read(const float* data, int64_t num_floats, int num_passes) {
     Floats sums[kSums] = {};
     for (int pass = 0; pass < num_passes; ++pass) {
         for (int64_t at = 0; at + kSums * kLanes <= num_floats; at += kSums * kLanes) {
-            for (int sum = 0; sum < kSums; ++sum) sums[sum] += load(data + at + sum * kLanes);
+            for (int sum = 0; sum < kSums; ++sum) {
+                const float* const from = data + at + sum * kLanes;
+                __builtin_prefetch(from + kFloatsAhead, 0, 3);
+                sums[sum] += load(from);
+            }
         }
     }
     return total(sums);
