@@ -95,18 +95,19 @@ def _experts() -> Iterator[Line]:
 
 def _attention(num_committed: int) -> Line:
     num_blocks, num_nodes = num_committed // BLOCK_TOKENS, 9
-    keys, values = _random(num_blocks, HEAD_SIZE, BLOCK_TOKENS), _random(num_blocks, BLOCK_TOKENS, HEAD_SIZE)
-    node_keys, node_values = _random(num_nodes, HEAD_SIZE), _random(num_nodes, HEAD_SIZE)
-    tables_TC = torch.arange(num_blocks, dtype=torch.int32).repeat(num_nodes, 1)
+    keys_NdB = _random(num_blocks + 1, HEAD_SIZE, BLOCK_TOKENS)
+    values_NBd = _random(num_blocks + 1, BLOCK_TOKENS, HEAD_SIZE)
+    tables_BC = torch.arange(num_blocks, dtype=torch.int32)[None]
     committed_T = torch.full((num_nodes,), num_committed, dtype=torch.int32)
     query_THd = _random(num_nodes, 1, HEAD_SIZE)
-    cache = HeadCache(keys, values, node_keys, node_values)
-    places = Places(tables_TC, committed_T, [range(node + 1) for node in range(num_nodes)])
+    cache = HeadCache(keys_NdB, values_NBd, num_blocks)
+    ancestors = [range(node + 1) for node in range(num_nodes)]
+    places = Places(torch.zeros(num_nodes, dtype=torch.int32), tables_BC, committed_T, ancestors)
     return Line(
         f"attention, one head, {num_committed} positions",
         num_nodes,
         lambda: ops.tree_attention(query_THd, cache, places),
-        keys.nbytes + values.nbytes,
+        keys_NdB.nbytes + values_NBd.nbytes,
         num_nodes * 2 * HEAD_SIZE * (num_committed + num_nodes / 2),
     )
 

@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
     """Sizes of a decoder and its cache; `experts` 0 means dense. Blocks hold 16 positions, node slots one each.
 
     `packs_int8` rounds matrices to integers of at most 127 with a scale for every output, and the rows that they are
-    multiplied with to integers of at most 64 with a scale for every row.
+    multiplied with to integers of at most 64 with a scale for every row; keys and values are kept in bf16.
     """
 
     vocab: int

@@ -98,13 +98,19 @@ def expert_mlp(x_TD: Tensor, experts: PackedExperts, expert_ids_TK: Tensor, weig
 
 
 def tree_attention(query_THd: Tensor, cache: HeadCache, places: Places) -> Tensor:
-    """Attention [T, H, d] of the query heads that share a key head: committed positions, then ancestors in order."""
+    """Attention [T, H, d] of the query heads that share a key head: committed positions, then ancestors in order.
+
+    A row's bits are the same whichever other rows of its sequence are its neighbours.
+    """
     out_THd = torch.empty_like(query_THd)
     starts = np.cumsum([0, *map(len, places.ancestors)], dtype=np.int32)
     flat = np.array([slot for slots in places.ancestors for slot in slots] or [0], dtype=np.int32)
-    tables, committed = _int32(places.block_tables_TC), _int32(places.num_committed_T)
+    sequences, tables, committed = map(_int32, places[:3])
     function("tree_attention")(
-        *map(_address, (query_THd, *cache, tables)),
+        *map(_address, (query_THd, cache.keys_NdB, cache.values_NBd)),
+        cache.first_node_block,
+        len(cache.keys_NdB),
+        *map(_address, (sequences, tables)),
         tables.shape[1],
         _address(committed),
         ctypes.c_void_p(starts.ctypes.data),

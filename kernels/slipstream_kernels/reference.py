@@ -31,35 +31,41 @@ def expert_mlp(
 
 
 class HeadCache(NamedTuple):
-    """One key head's keys and values, fp32.
+    """One key head's keys and values, fp32: `keys_NdB` [N, d, 16] (positions last), `values_NBd` [N, 16, d].
 
-    `block_keys` is [blocks, d, 16] (positions last), `block_values` [blocks, 16, d], both of nodes [slots, d].
+    Node slots are numbered through the blocks from `first_node_block` on.
     """
 
-    block_keys: Tensor
-    block_values: Tensor
-    node_keys: Tensor
-    node_values: Tensor
+    keys_NdB: Tensor
+    values_NBd: Tensor
+    first_node_block: int
 
 
 class Places(NamedTuple):
-    """Where the keys of T rows lie: each row's blocks [T, C], committed positions [T], and ancestors' node slots."""
+    """Where the keys of T rows lie: each one's sequence, that one's blocks, committed positions, ancestors' node slots.
 
-    block_tables_TC: Tensor
+    Integers: `sequences_T` [T], `block_tables_BC` [B, C], `num_committed_T` [T].
+    """
+
+    sequences_T: Tensor
+    block_tables_BC: Tensor
     num_committed_T: Tensor
     ancestors: Sequence[Sequence[int]]
 
 
 def tree_attention(query_THd: Tensor, cache: HeadCache, places: Places) -> Tensor:
     """Attention [T, H, d] of the query heads that share a key head: committed positions, then ancestors in order."""
+    keys_Pd, values_Pd = cache.keys_NdB.transpose(1, 2).flatten(0, 1), cache.values_NBd.flatten(0, 1)
     rows = []
-    for row, (query_Hd, committed) in enumerate(zip(query_THd, places.num_committed_T.tolist(), strict=True)):
-        blocks = places.block_tables_TC[row, : -(-committed // _BLOCK)].long()
-        slots = torch.tensor(places.ancestors[row], dtype=torch.long)
-        in_blocks = cache.block_keys[blocks].transpose(1, 2).flatten(0, 1)[:committed]
-        keys = torch.cat([in_blocks, cache.node_keys[slots]])
-        values = torch.cat([cache.block_values[blocks].flatten(0, 1)[:committed], cache.node_values[slots]])
-        rows.append((query_Hd @ keys.T * query_Hd.shape[1] ** -0.5).softmax(-1) @ values)
+    for query_Hd, sequence, committed, slots in zip(
+        query_THd, places.sequences_T.tolist(), places.num_committed_T.tolist(), places.ancestors, strict=True
+    ):
+        at = torch.arange(committed)
+        in_blocks = places.block_tables_BC[sequence, at // _BLOCK].long() * _BLOCK + at % _BLOCK
+        in_nodes = torch.tensor(slots, dtype=torch.long) + cache.first_node_block * _BLOCK
+        position = torch.cat([in_blocks, in_nodes])
+        scores_HP = query_Hd @ keys_Pd[position].T * query_Hd.shape[1] ** -0.5
+        rows.append(scores_HP.softmax(-1) @ values_Pd[position])
     return torch.stack(rows)
 
 

@@ -42,8 +42,8 @@ def open_decoder(
     A pass has at most `max_rows` rows. On `device` "cpu", weights run as stored (fp16 as fp32) in our own kernels, or
     in fp32 by torch where those cannot be built, which is logged once. On "cuda" or "cuda:N", weights and cache are
     bf16. `packs_int8` multiplies integers in our own kernels, matrices rounded to int8 and rows to 64ths of their
-    largest: for drafts, of which nobody needs exact logits. Raises ConfigError for another device or one that is not
-    there.
+    largest, and keeps keys and values in bf16: for drafts, of which nobody needs exact logits. Raises ConfigError for
+    another device or one that is not there.
     """
     check_device(device)
     if device == "cpu" and slipstream_kernels.is_available():

@@ -17,7 +17,7 @@ class NativeDecoder:
     """A `PagedDecoder` whose every output row is a bitwise function of its own sequence, for any number of threads.
 
     Weights are packed as they are stored, bf16 or fp32; activations and sums are fp32. With `packs_int8` products are
-    of integers, matrices in int8 and rows in bytes; all else is fp32.
+    of integers, matrices in int8 and rows in bytes, and keys and values are kept in bf16; all else is fp32.
     """
 
     is_exact = True

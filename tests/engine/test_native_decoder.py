@@ -224,8 +224,6 @@ def test_bits_are_a_rows_own_in_every_family(
     )
 
 
-ANCESTORS_REVERSED = """position += query.num_ancestors - 1;
-        for (int a = query.num_ancestors - 1; a >= 0; --a, --position) {"""
 MUTANTS = {
     "the order of a product depends on the number of rows": (
         "matmul.cpp",
@@ -251,11 +249,20 @@ MUTANTS = {
     ),
     "ancestors are summed from the deepest up": (
         "attention.cpp",
-        [("for (int a = 0; a < query.num_ancestors; ++a, ++position) {", ANCESTORS_REVERSED)],
+        [
+            (
+                "for (int a = 0; a < row.num_ancestors; ++a) {",
+                "for (int a = row.num_ancestors - 1; a >= 0; --a) {",
+            )
+        ],
     ),
     "an ancestor of another branch is visible": (
         "attention.cpp",
-        [("query.ancestors[first + a] *", "query.ancestors[first + (kCount == 1 && first ? a - 1 : a)] *")],
+        [("from[rows[q]->ancestors[a]]", "from[rows[q]->ancestors[a] - (a > 0)]")],
+    ),
+    "a row sees as many positions as the one beside it": (
+        "attention.cpp",
+        [("exponentials(rows[q]->num_positions()", "exponentials(rows[0]->num_positions()")],
     ),
 }
 

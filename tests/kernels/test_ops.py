@@ -168,19 +168,47 @@ def test_experts_agree_with_torch_and_a_rows_bits_are_its_own(
         assert torch.equal(ops.expert_mlp(x[part], packed, ids[part], weights[part]), mixed[part])
 
 
+def one_by_one(query: torch.Tensor, cache: HeadCache, places: Places) -> torch.Tensor:
+    """The attention of every head of every row, each asked for alone."""
+    num_rows, num_heads, _ = query.shape
+    rows = []
+    for row in range(num_rows):
+        at = slice(row, row + 1)
+        place = Places(
+            places.sequences_T[at], places.block_tables_BC, places.num_committed_T[at], places.ancestors[row : row + 1]
+        )
+        heads = [ops.tree_attention(query[at, [head]].contiguous(), cache, place) for head in range(num_heads)]
+        rows.append(torch.cat(heads, dim=1))
+    return torch.cat(rows)
+
+
 @pytest.mark.parametrize("num_heads", [1, 2, 5])
 @pytest.mark.parametrize("size", [8, 16, 24, 64, 80, 128])
 def test_attention_reads_blocks_then_ancestors(size: int, num_heads: int) -> None:
-    keys, values, nodes = random(9, size, 16), random(9, 16, size, seed=1), random(2, 6, size, seed=2)
+    tables = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(row))[:6] for row in range(9)])
     committed = torch.tensor([1, 15, 16, 17, 70, 95, 96, 33, 0])
     ancestors = [[], [2], [0, 1, 2, 3, 4, 5], [5], [], [3, 1], [], [4, 0, 2, 1, 3], [2, 5]]
-    tables = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(row))[:6] for row in range(9)])
-    cache = HeadCache(keys, values, nodes[0].contiguous(), nodes[1].contiguous())
+    cache = HeadCache(random(10, size, 16), random(10, 16, size, seed=1), first_node_block=9)
     query = random(9, num_heads, size, seed=3)
-    places = Places(tables, committed, ancestors)
+    places = Places(torch.arange(9), tables, committed, ancestors)
     got = ops.tree_attention(query, cache, places)
-    alone = [ops.tree_attention(query[:, [head]].contiguous(), cache, places) for head in range(num_heads)]
-    assert torch.equal(torch.cat(alone, dim=1), got)
+    assert torch.equal(one_by_one(query, cache, places), got)
+    torch.testing.assert_close(got, reference.tree_attention(query, cache, places), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3])
+@pytest.mark.parametrize("size", [8, 24, 64])
+def test_attentions_row_is_the_same_bits_among_any_rows_of_its_sequence(size: int, num_heads: int) -> None:
+    """Two prefilled chunks and two trees, whose node slots lie far apart and in no order."""
+    committed = torch.tensor([*range(14, 20), 1, 2, 40, 40, 40, 40, 40, 33, 33, 33])
+    ancestors = [[]] * 9 + [[50], [50, 3], [50, 3, 17], [50, 20]] + [[16], [0], [0, 47]]
+    sequences = torch.tensor([0] * 6 + [1] * 2 + [2] * 5 + [3] * 3)
+    tables = torch.tensor([[4, 1, 0], [2, 0, 0], [3, 5, 6], [8, 7, 9]])
+    cache = HeadCache(random(14, size, 16), random(14, 16, size, seed=1), first_node_block=10)
+    query = random(16, num_heads, size, seed=3)
+    places = Places(sequences, tables, committed, ancestors)
+    got = ops.tree_attention(query, cache, places)
+    assert torch.equal(one_by_one(query, cache, places), got)
     torch.testing.assert_close(got, reference.tree_attention(query, cache, places), rtol=1e-5, atol=1e-5)
 
 
@@ -188,18 +216,18 @@ def test_attention_reads_blocks_then_ancestors(size: int, num_heads: int) -> Non
 def test_attention_gives_the_same_bits_wherever_a_key_lies(size: int) -> None:
     """Forty positions, the last ones once in blocks and once, one after the other, in node slots."""
     keys, values = random(40, size), random(40, size, seed=1)
-    padded = torch.nn.functional.pad(torch.stack([keys, values]), (0, 0, 0, 8), value=float("nan"))
-    block_keys = padded[0].view(3, 16, size).transpose(1, 2).contiguous()
-    block_values = padded[1].view(3, 16, size).contiguous()
     query = random(1, 3, size, seed=2)
     outputs = []
     for num_nodes in (0, 1, 3, 5, 8, 9, 24, 25, 40):
         committed = 40 - num_nodes
         slots = list(range(num_nodes - 1, -1, -1))  # slots in another order than positions
-        nodes = [torch.cat([tensor[committed:].flip(0), torch.zeros(1, size)]) for tensor in (keys, values)]
-        tables, count = torch.tensor([[0, 1, 2]]), torch.tensor([committed])
-        cache = HeadCache(block_keys, block_values, *nodes)
-        outputs.append(ops.tree_attention(query, cache, Places(tables, count, [slots])))
+        places = [*range(committed), *(3 * 16 + slot for slot in slots)]
+        lines = torch.full((2, 6 * 16, size), float("nan"))
+        lines[0, places], lines[1, places] = keys, values
+        keys_NdB, values_NBd = lines.view(2, 6, 16, size)
+        cache = HeadCache(keys_NdB.transpose(1, 2).contiguous(), values_NBd, first_node_block=3)
+        one = Places(torch.tensor([0]), torch.tensor([[0, 1, 2]]), torch.tensor([committed]), [slots])
+        outputs.append(ops.tree_attention(query, cache, one))
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert torch.isfinite(outputs[0]).all()
 

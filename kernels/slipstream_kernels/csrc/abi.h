@@ -33,7 +33,7 @@ struct SlipstreamSizes {
     int32_t vocab, hidden, inner, layers, heads, kv_heads, head_dim;
     int32_t experts, experts_per_token;  // 0 for a dense model
     int32_t qk_norm, normalizes_expert_weights;
-    int32_t packs_int8;  // products are of int8 and rows of bytes: for drafts, which nobody needs to be exact
+    int32_t packs_int8;  // products are of int8 and rows of bytes, the cache is bf16: for drafts, which nobody needs exact
     int32_t num_positions, num_blocks, num_node_slots, max_rows;
     float norm_eps;
 };

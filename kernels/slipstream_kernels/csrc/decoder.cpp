@@ -15,6 +15,7 @@ std::vector<float> floats_of(const Source& source, size_t size) {
 
 Decoder::Decoder(const SlipstreamSizes& sizes)
     : sizes_(sizes),
+      cache_(sizes, memory_),
       num_experts_(std::max(1, sizes.experts)),
       experts_per_token_(std::max(1, sizes.experts_per_token)),
       delta_width_(round_up(sizes.hidden, kPanel)),
@@ -23,9 +24,6 @@ Decoder::Decoder(const SlipstreamSizes& sizes)
         layers_.push_back(std::make_unique<Layer>(Experts(num_experts_, sizes.hidden, sizes.inner)));
     }
     const size_t rows = sizes.max_rows, choices = rows * experts_per_token_, layers = sizes.layers;
-    const size_t per_position = 2 * layers * sizes.kv_heads * sizes.head_dim;
-    block_store_ = zeros(per_position * sizes.num_blocks * kBlock);
-    node_store_ = zeros(per_position * std::max(1, sizes.num_node_slots));
     scratch_.x = memory_.take<float>(rows * sizes.hidden);
     const auto inputs = [&](int number, int inner) { return Inputs(number, inner, form_for(sizes.packs_int8 != 0), memory_); };
     scratch_.normed = inputs(sizes.max_rows, sizes.hidden);
@@ -40,12 +38,7 @@ Decoder::Decoder(const SlipstreamSizes& sizes)
     scratch_.group_choices.resize(layers * choices);
     scratch_.active.resize(layers * num_experts_);
     scratch_.num_active.resize(layers);
-}
-
-float* Decoder::zeros(size_t number) {
-    float* const taken = memory_.take<float>(number);
-    std::fill_n(taken, number, 0.0f);
-    return taken;
+    for (std::vector<int32_t>* runs : {&scratch_.runs, &scratch_.logit_runs}) runs->reserve(rows + 1);
 }
 
 bool Decoder::set(SlipstreamPart part, int index, int expert, const void* data, SlipstreamType type) {
@@ -74,43 +67,9 @@ bool Decoder::set(SlipstreamPart part, int index, int expert, const void* data, 
     return true;
 }
 
-// Blocks: [layer][block][kv head][keys, values][kBlock * head_dim]. Nodes: [layer][slot][kv head][keys, values][head_dim].
-float* Decoder::block_keys(int layer, int kv_head, int block) const {
-    const size_t place = (size_t(layer) * sizes_.num_blocks + block) * sizes_.kv_heads + kv_head;
-    return block_store_ + place * 2 * kBlock * sizes_.head_dim;
-}
-
-float* Decoder::block_values(int layer, int kv_head, int block) const {
-    return block_keys(layer, kv_head, block) + kBlock * sizes_.head_dim;
-}
-
-float* Decoder::node_keys(int layer, int kv_head, int slot) const {
-    const size_t place = (size_t(layer) * sizes_.num_node_slots + slot) * sizes_.kv_heads + kv_head;
-    return node_store_ + place * 2 * sizes_.head_dim;
-}
-
-float* Decoder::node_values(int layer, int kv_head, int slot) const {
-    return node_keys(layer, kv_head, slot) + sizes_.head_dim;
-}
-
-HeadCache Decoder::head_cache(int layer, int kv_head) const {
-    const long stride = 2L * sizes_.kv_heads * sizes_.head_dim;
-    return {block_keys(layer, kv_head, 0), block_values(layer, kv_head, 0), node_keys(layer, kv_head, 0),
-            node_values(layer, kv_head, 0), stride * kBlock, stride};
-}
-
 void Decoder::keep(int num_moves, const int32_t* moves) {
-    const int size = sizes_.head_dim;
-    for (int move = 0; move < num_moves; ++move) {
-        const int slot = moves[3 * move], block = moves[3 * move + 1], offset = moves[3 * move + 2];
-        for (int layer = 0; layer < sizes_.layers; ++layer) {
-            for (int head = 0; head < sizes_.kv_heads; ++head) {
-                const float *keys = node_keys(layer, head, slot), *values = node_values(layer, head, slot);
-                float* const to = block_keys(layer, head, block);
-                for (int i = 0; i < size; ++i) to[i * kBlock + offset] = keys[i];
-                std::copy(values, values + size, block_values(layer, head, block) + offset * size);
-            }
-        }
+    for (int move = 0; move < num_moves; ++move, moves += 3) {
+        cache_.copy(cache_.place_of_node(moves[0]), {moves[1], moves[2]});
     }
 }
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "abi.h"
-#include "attention.h"
+#include "cache.h"
 #include "experts.h"
 
 namespace SLIPSTREAM_ISA {
@@ -34,7 +34,8 @@ struct Scratch {
     std::vector<int32_t> group_choices; // [L, T * K]: row * K + rank
     std::vector<int32_t> active;        // [L, E]: experts with a row, those with most first
     std::vector<int32_t> num_active;    // [L]
-    std::vector<float*> scores;         // per thread
+    std::vector<int32_t> runs, logit_runs;  // of all rows, and of those with logits: see `runs_of`
+    std::vector<float*> scores;             // per thread
 };
 
 class Decoder {
@@ -53,22 +54,15 @@ class Decoder {
    private:
     friend struct ForwardPass;
 
-    float* zeros(size_t number);
-    HeadCache head_cache(int layer, int kv_head) const;
-    float* block_keys(int layer, int kv_head, int block) const;
-    float* block_values(int layer, int kv_head, int block) const;
-    float* node_keys(int layer, int kv_head, int slot) const;
-    float* node_values(int layer, int kv_head, int slot) const;
-
     SlipstreamSizes sizes_;
-    slipstream::Arena memory_;  // of weights, caches and buffers
+    slipstream::Arena memory_;  // of weights, cache and buffers
+    Cache cache_;
     int num_experts_, experts_per_token_, delta_width_, qkv_width_;
     Source embedding_{};
     const float *cosines_ = nullptr, *sines_ = nullptr;
     std::vector<float> final_norm_;
     Packed head_;
     std::vector<std::unique_ptr<Layer>> layers_;
-    float *block_store_, *node_store_;
     Scratch scratch_;
 };
 

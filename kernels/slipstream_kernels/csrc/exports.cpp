@@ -156,26 +156,27 @@ void SLIPSTREAM_EXPORT(experts_run)(void* experts, const float* x, int32_t num_r
     }
 }
 
-// Query heads that share one key head, over `num_queries` rows. Keys and values lie as attention.h says, blocks and nodes each contiguous.
-void SLIPSTREAM_EXPORT(tree_attention)(const float* queries, const float* block_keys, const float* block_values,
-                                       const float* node_keys, const float* node_values, const int32_t* tables,
-                                       int32_t table_width, const int32_t* num_committed, const int32_t* ancestor_starts,
-                                       const int32_t* ancestors, int32_t num_queries, int32_t num_heads, int32_t size,
-                                       float* out) {
-    const isa::HeadCache cache{block_keys, block_values, node_keys, node_values, long(isa::kBlock) * size, size};
-    slipstream::run_pass([&](Phases& phases) {
-        phases.run(num_queries, [&](int query) {
-            const int first = ancestor_starts[query], num_ancestors = ancestor_starts[query + 1] - first;
-            const isa::Query one{queries + size_t(query) * num_heads * size,
-                                 num_heads,
-                                 tables + size_t(query) * table_width,
-                                 ancestors + first,
-                                 num_committed[query],
-                                 num_ancestors};
-            std::vector<float> scores(isa::scores_size(num_committed[query] + num_ancestors));
-            isa::attend(cache, one, size, scores.data(), out + size_t(query) * num_heads * size);
-        });
-    });
+// Query heads that share one key head, of rows [num_rows, num_heads, size] whose neighbours of one sequence attend together.
+// Keys and values lie as attention.h says, blocks contiguous, those of node slots from `first_node_block` on.
+void SLIPSTREAM_EXPORT(tree_attention)(const float* queries, const float* keys, const float* values,
+                                       int32_t first_node_block, int32_t num_blocks, const int32_t* sequences,
+                                       const int32_t* tables, int32_t table_width, const int32_t* num_committed,
+                                       const int32_t* ancestor_starts, const int32_t* ancestors, int32_t num_rows,
+                                       int32_t num_heads, int32_t size, float* out) {
+    const isa::HeadCache<float> cache{keys, values, long(isa::kBlock) * size, first_node_block};
+    std::vector<isa::AttendingRow> rows;
+    for (int32_t row = 0; row < num_rows; ++row) {
+        const int64_t place = int64_t(row) * num_heads * size;
+        rows.push_back({queries + place, ancestors + ancestor_starts[row], num_committed[row],
+                        ancestor_starts[row + 1] - ancestor_starts[row], out + place});
+    }
+    const int num_positions = table_width * isa::kBlock, num_slots = (num_blocks - first_node_block) * isa::kBlock;
+    std::vector<float> scores(isa::scores_size(num_positions + num_slots, num_slots));
+    for (int32_t first = 0, end = 0; first < num_rows; first = end) {
+        while (end < num_rows && sequences[end] == sequences[first]) ++end;
+        isa::attend(cache, tables + int64_t(sequences[first]) * table_width, rows.data() + first, end - first, num_heads,
+                    size, scores.data());
+    }
 }
 
 void SLIPSTREAM_EXPORT(rms_norm)(const float* x, const float* weight, int32_t num_rows, int32_t size, float epsilon,

@@ -6,6 +6,14 @@
 
 namespace SLIPSTREAM_ISA {
 
+constexpr int kMaxRun = 8;
+constexpr int kRunsPerThread = 4;  // and more, where there are rows for it
+
+// Places first <= place < end, whose rows are of one sequence.
+struct Run {
+    int first, end;
+};
+
 // One pass. The steps of a layer, each a phase whose tasks the threads share:
 //
 //   norm -> queries, keys, values -> rotate and write to the cache -> attend (-> round) -> attention out
@@ -47,10 +55,14 @@ struct ForwardPass {
         matrix_product(phases, layer.qkv, scratch.normed, num_rows, scratch.qkv, decoder.qkv_width_);
         phases.run(num_rows, [&](int row) { rotate_and_write(layer, index, row); });
         if (num_places == 0) return;
-        // Rows of one sequence read the same keys: head by head, they find them in the cache of the processor.
-        phases.run(sizes.kv_heads * num_places, [&](int task) {
-            const int place = task % num_places;
-            attend_heads(phases.thread(), index, row_at(place), task / num_places, place);
+        const std::vector<int32_t>& starts = is_last ? scratch.logit_runs : scratch.runs;
+        const int num_runs = int(starts.size()) - 1;
+        phases.run(sizes.kv_heads * num_runs, [&](int task) {
+            const Run run{starts[task % num_runs], starts[task % num_runs + 1]};
+            const auto attend_as = [&](auto stored) {
+                attend_run<decltype(stored)>(phases.thread(), index, task / num_runs, run, row_at);
+            };
+            decoder.cache_.is_rounded() ? attend_as(uint16_t()) : attend_as(float());
         });
         if (scratch.attended.needs_whole_rows()) phases.run(num_places, [&](int place) { scratch.attended.convert(place); });
         matrix_product(phases, layer.attention_out, scratch.attended, num_places, scratch.delta, decoder.delta_width_);
@@ -95,7 +107,7 @@ struct ForwardPass {
             rotate(queries + head * size, decoder.cosines_ + angle, decoder.sines_ + angle, size);
         }
         for (int head = 0; head < num_keys; ++head) {
-            write(index, row, head, keys + head * size, keys + (num_keys + head) * size);
+            decoder.cache_.write(index, head, cache_place(row), keys + head * size, keys + (num_keys + head) * size);
         }
     }
 
@@ -110,28 +122,29 @@ struct ForwardPass {
 
     const int32_t* table(int row) { return plan.block_tables + size_t(plan.sequences[row]) * plan.table_width; }
 
-    void write(int index, int row, int head, const float* key, const float* value) {
-        const int size = sizes.head_dim, slot = plan.node_slots[row];
-        if (slot >= 0) {
-            std::copy(key, key + size, decoder.node_keys(index, head, slot));
-            std::copy(value, value + size, decoder.node_values(index, head, slot));
-            return;
-        }
-        const int position = plan.positions[row], block = table(row)[position / kBlock], offset = position % kBlock;
-        float* const keys = decoder.block_keys(index, head, block);
-        for (int i = 0; i < size; ++i) keys[i * kBlock + offset] = key[i];
-        std::copy(value, value + size, decoder.block_values(index, head, block) + offset * size);
+    CachePlace cache_place(int row) {
+        const int slot = plan.node_slots[row], position = plan.positions[row];
+        if (slot >= 0) return decoder.cache_.place_of_node(slot);
+        return {table(row)[position / kBlock], position % kBlock};
     }
 
-    // The query heads that share a key head.
-    void attend_heads(int thread, int index, int row, int kv_head, int place) {
+    // The query heads that share a key head, of all rows of a run.
+    template <class Stored, class RowAt>
+    void attend_run(int thread, int index, int kv_head, Run run, RowAt row_at) {
         const int size = sizes.head_dim, num_shared = sizes.heads / sizes.kv_heads, first = kv_head * num_shared * size;
-        const int32_t* const ancestors = plan.ancestors + plan.ancestor_starts[row];
-        const Query query{scratch.qkv + size_t(row) * decoder.qkv_width_ + first, num_shared,
-                          table(row),                                                   ancestors,
-                          plan.num_committed[row], plan.ancestor_starts[row + 1] - plan.ancestor_starts[row]};
-        attend(decoder.head_cache(index, kv_head), query, size, scratch.scores[thread], scratch.attended.row(place) + first);
-        scratch.attended.split(place, first, num_shared * size);
+        AttendingRow rows[kMaxRun];
+        int number = 0;
+        for (int place = run.first; place < run.end; ++place) {
+            const int row = row_at(place), start = plan.ancestor_starts[row];
+            rows[number++] = {scratch.qkv + size_t(row) * decoder.qkv_width_ + first, plan.ancestors + start,
+                              plan.num_committed[row], plan.ancestor_starts[row + 1] - start,
+                              scratch.attended.row(place) + first};
+        }
+        attend(decoder.cache_.head<Stored>(index, kv_head), table(row_at(run.first)), rows, number, num_shared, size,
+               scratch.scores[thread]);
+        for (int place = run.first; place < run.end; ++place) {
+            scratch.attended.split(place, first, num_shared * size);
+        }
     }
 
     // This layer's part of the routing buffers, see Scratch.
@@ -167,10 +180,28 @@ struct ForwardPass {
     }
 };
 
+// Where runs of rows begin that attend together, since they are of one sequence and read the same keys: as long as all
+// threads have work. The last run ends where `starts` does.
+template <class RowAt>
+void find_runs(const SlipstreamPlan& plan, int num_places, int num_kv_heads, RowAt row_at,
+               std::vector<int32_t>& starts) {
+    const int num_tasks = kRunsPerThread * slipstream::num_threads();
+    const int longest = std::clamp(num_places * num_kv_heads / num_tasks, 1, kMaxRun);
+    starts.clear();
+    for (int place = 0; place < num_places; ++place) {
+        const bool goes_on = place > 0 && plan.sequences[row_at(place)] == plan.sequences[row_at(place - 1)];
+        if (!goes_on || place - starts.back() == longest) starts.push_back(place);
+    }
+    starts.push_back(num_places);
+}
+
 void Decoder::forward(const SlipstreamPlan& plan, float* logits, int32_t* experts) {
     while (int(scratch_.scores.size()) < slipstream::num_threads()) {
-        scratch_.scores.push_back(memory_.take<float>(scores_size(sizes_.num_positions)));
+        scratch_.scores.push_back(memory_.take<float>(scores_size(sizes_.num_positions, sizes_.num_node_slots)));
     }
+    find_runs(plan, plan.num_rows, sizes_.kv_heads, [](int place) { return place; }, scratch_.runs);
+    find_runs(plan, plan.num_logit_rows, sizes_.kv_heads, [&](int place) { return plan.logit_rows[place]; },
+              scratch_.logit_runs);
     ForwardPass pass{*this, plan, logits, experts};
     slipstream::run_pass([&](Phases& phases) { pass.walk(phases); });
 }

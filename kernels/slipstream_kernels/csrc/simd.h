@@ -52,6 +52,13 @@ inline Ints load(const int32_t* from) {
     return value;
 }
 
+// Of bf16.
+inline Floats load(const uint16_t* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
 // Not `Floats{} + value`: an addition of zero is no broadcast to a compiler that respects -0.
@@ -128,6 +135,17 @@ inline float bf16_to_float(uint16_t bits) {
     float value;
     std::memcpy(&value, &wide, sizeof value);
     return value;
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(uint16_t bits) { return bf16_to_float(bits); }
+
+// To the nearest, of two as near the even one.
+inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (std::isnan(value)) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
 // e^x with a relative error below 2e-7; 0 below -87.3, as for -inf.
