@@ -46,6 +46,7 @@ TOP_N = 16
 HELD_OUT_PROMPTS = 200
 SMALLEST_RATE_RATIO = 0.02
 _POOL_BATCHES = 16
+_ANSWERS_A_LINE = 500
 GREEDY_GOAL = 0.65
 
 
@@ -187,6 +188,12 @@ def _answers_of(
 def answers(target: Checkpoint, prompts: Sequence[Prompt], *, temperature: float) -> list[Observation]:
     """What the target answers, decoded plainly BATCH_REQUESTS at a time; the seed of a prompt is its place."""
     observations: list[Observation] = []
+
+    def keep(one: Observation) -> None:
+        observations.append(one)
+        if len(observations) % _ANSWERS_A_LINE == 0:
+            progress(f"  answer {len(observations)} of {len(prompts)} at temperature {temperature:g}")
+
     engine = Engine(
         target,
         limits=EngineLimits(
@@ -200,7 +207,7 @@ def answers(target: Checkpoint, prompts: Sequence[Prompt], *, temperature: float
         target_digest=target.digest,
         replica_id="adapt",
         top_n=TOP_N,
-        observe=observations.append,
+        observe=keep,
         metrics=ReplicaMetrics(),
     )
     for index, prompt in enumerate(prompts):
